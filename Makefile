@@ -1,0 +1,82 @@
+# Every target sets up what it needs: `make demo` and `make test` each work alone on a machine with Python 3.11 and make.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+# The order of the main job: each stage reads the run folder of the ones before it.
+STAGES := vae clip ldm controlnet
+TINY := configs/train/tiny
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test test-all fmt lint types smoke check clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r name text; do \
+		printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+setup: $(STAMP) ## create .venv and install everything (once; again when pyproject.toml or constraints.txt change)
+
+$(STAMP): pyproject.toml constraints.txt
+	@if ! [ -x $(PY) ]; then \
+		for candidate in python3.11 python3; do \
+			if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$candidate; break; fi; \
+		done; \
+		if [ -z "$${found:-}" ]; then echo 'no Python 3.11 or later on PATH; install python3.11 (with venv)' >&2; exit 2; fi; \
+		echo "creating $(VENV) with $$found"; \
+		$$found -m venv $(VENV); \
+	fi
+	@echo 'installing into $(VENV) (PyTorch is large: a few minutes the first time)'
+	@$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[data,test]'
+	@touch $@
+
+demo: setup ## train VAE, CLIP, LDM and ControlNet on procedural data, then draw a picture (about two minutes)
+	@for stage in $(STAGES); do \
+		echo "== training $$stage"; \
+		$(PY) scripts/train.py --config $(TINY)/$$stage.yaml || exit 1; \
+	done
+	@echo '== sampling'
+	@$(PY) scripts/sample.py --config configs/sample/tiny/controlnet.yaml out.dir=outputs/demo
+	@echo 'the picture: outputs/demo/grid.png   the runs: runs/tiny/'
+
+test: setup ## fast tests on the CPU, without network (ARGS=... is passed to pytest)
+	$(PY) -m pytest $(ARGS)
+
+test-all: setup ## the slow tests too, and the GPU ones where there is a GPU
+	$(PY) -m pytest -m 'not network' $(ARGS)
+
+fmt: setup ## format and apply the safe lint fixes
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+lint: setup ## ruff, without changing anything
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: setup ## pyright
+	$(PY) -m pyright --pythonpath $(PY)
+
+smoke: setup ## every script end to end in .smoke/, a few steps each
+	@rm -rf .smoke && mkdir .smoke
+	@cd .smoke && for stage in $(STAGES); do \
+		echo "== smoke: train $$stage"; \
+		../$(PY) ../scripts/train.py --config ../$(TINY)/$$stage.yaml train.steps=4 || exit 1; \
+	done
+	@echo '== smoke: sample tiny'
+	@cd .smoke && ../$(PY) ../scripts/sample.py --config ../configs/sample/tiny/controlnet.yaml out.dir=outputs/tiny
+	@echo '== smoke: dry run at SD1.5 size'
+	@$(PY) scripts/train.py --config configs/train/sd15/controlnet_canny.yaml --dry-run
+	@echo '== smoke: sample with the weights that ship'
+	@$(PY) scripts/sample.py out.dir=.smoke/outputs/emoji
+
+check: lint types test ## what has to pass before a commit lands
+
+clean: ## remove caches and builds (keeps .venv, runs/, outputs/, data/)
+	@rm -rf .smoke build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,269 @@
+"""Run configs: the dataclass tree, and load (include, command line), validate, freeze, dump.
+
+YAML names registered classes only (`ldm.registry`); nothing is imported, evaluated or read from the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from ldm.registry import ConfigError, suggest
+
+Node = dict[str, Any]  # {name: <registered>, ...options}; checked by registry.build
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDir:
+    """Where a training run lives."""
+
+    dir: str = "runs/run"  # folder of the run; the same command again continues it
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The models. A slot that a stage does not need stays null."""
+
+    unet: Node | None = None  # kind "unet"
+    vae: Node | None = None  # kind "vae"
+    text: Node | None = None  # kind "text"
+    clip: Node | None = None  # kind "clip"
+    schedule: Node = dataclasses.field(default_factory=dict[str, Any])  # ldm.schedule.ScheduleConfig
+    objective: str = "eps"  # what the UNet predicts: eps | v | x0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation."""
+
+    steps: int = 1000  # optimizer steps
+    batch: int = 32  # images per optimizer step, over all ranks and accumulation
+    micro_batch: int | None = None  # at most this many images per rank and forward; accumulation is derived
+    lr: float = 1e-4  # peak learning rate
+    warmup: int = 0  # optimizer steps of linear warm-up
+    decay: str = "constant"  # constant | cosine (to zero at `steps`)
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW
+    weight_decay: float = 0.01  # AdamW
+    clip: float | None = 1.0  # gradient norm; null = off
+    precision: str = "bf16"  # fp32 | bf16 | fp16 (autocast)
+    ema: float | None = None  # EMA decay of the exported weights; null = off
+    trainable: tuple[str, ...] = ("*",)  # patterns over parameter names (adapters.*, unet.*, vae.*, clip.*)
+    checkpoint_activations: bool = False  # recompute UNet blocks in backward: less memory, more time
+    workers: int = 0  # data-loading processes per rank
+    threads: int | None = None  # torch CPU threads per rank; null = torch's default
+    max_nonfinite: int = 10  # abort after this many steps in a row whose gradients were not finite
+    init_from: str | None = None  # weights to start from (safetensors of the trained part); never a resume
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints under `run.dir/checkpoints/step-XXXXXXXX/`."""
+
+    every: int = 1000  # optimizer steps
+    keep_last: int = 2  # complete checkpoints kept
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Scalars."""
+
+    every: int = 20  # optimizer steps between lines of metrics.jsonl
+    wandb: str = "disabled"  # disabled | offline | online
+    project: str = "ldm-adapters"  # wandb project
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """Held-out figures and pictures during training."""
+
+    data: Node | None = None  # kind "data"; null = no validation
+    every: int = 1000  # optimizer steps
+    items: int = 256  # at most this many held-out items for figures
+    images: int = 8  # pictures in the grid, on fixed seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidanceNode:
+    """Classifier-free guidance (ldm.guidance.GuidanceConfig)."""
+
+    scale: float = 7.5  # 1 = off
+    rescale: float = 0.0  # phi in [0, 1], arXiv:2305.08891 section 3.4
+    start: float = 0.0  # guided interval, fractions of sampling
+    end: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """What to draw."""
+
+    prompts: Any = None  # one prompt, a list of prompts, or a .txt / .jsonl / .yaml file of them
+    negative: str = ""  # text of the unconditional branch
+    seeds: str = "0-3"  # e.g. 0-15 or 3,7,11; image i depends on its own seed only
+    hints: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # adapter name -> image file or folder
+    height: int = 64  # pixels
+    width: int = 64  # pixels
+    batch: int = 8  # images per forward
+    sampler: Node = dataclasses.field(default_factory=lambda: {"name": "ddim", "steps": 50})
+    guidance: GuidanceNode = dataclasses.field(default_factory=GuidanceNode)
+    precision: str = "bf16"  # fp32 | bf16 | fp16: dtype of the models' weights while sampling
+    tile: int | None = None  # VAE decoding in tiles of this many latent pixels; null = whole
+
+
+@dataclasses.dataclass(frozen=True)
+class OutConfig:
+    """Where sampling writes."""
+
+    dir: str = "outputs/sample"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything one run needs; the YAML file mirrors it."""
+
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda
+    run: RunDir = dataclasses.field(default_factory=RunDir)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    adapters: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # name -> adapter and AdapterUse keys
+    stage: Node | None = None  # kind "stage": what is trained
+    data: Node | None = None  # kind "data": what it is trained on
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    out: OutConfig = dataclasses.field(default_factory=OutConfig)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a config file, its includes and `key=value` overrides, in that order of strength.
+
+    Args:
+        path: YAML file; its `include:` lists files relative to itself, later ones win, the file itself wins over all.
+            Mappings merge key by key, except that naming another class starts its options afresh.
+        overrides: dotted `key=value`, values in YAML syntax.
+
+    Raises: ConfigError, in one line, on a missing file, bad YAML, an unknown key or a wrong type.
+    """
+    merged = _read(Path(path), ())
+    for item in overrides:
+        key, sign, value = item.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"argument {item!r} is not key=value; write e.g. train.steps=100")
+        merged = _over(merged, _nested(key, _parse(value, f"argument {item!r}")))
+    return from_mapping(merged, source=str(path))
+
+
+def from_mapping(node: DictConfig | Node, source: str = "config") -> RunConfig:
+    """Validate a plain mapping against `RunConfig`. Raises: ConfigError as `load`."""
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(cast("Node", node)))
+        _refuse_resolvers(config, source)
+        return cast("RunConfig", OmegaConf.to_object(config))
+    except ConfigKeyError as error:
+        raise ConfigError(_unknown_key(error, source)) from error
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {error.full_key}: {_first_line(error)}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {getattr(error, 'full_key', '')}: {_first_line(error)}") from error
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML; `load` reads it back equal."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The flags every script shares: --config, key=value, --dry-run, --print-config."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--config", metavar="FILE", help="YAML file under configs/")
+    result.add_argument("overrides", nargs="*", metavar="key=value", help="override any key, e.g. train.steps=100")
+    result.add_argument("--dry-run", action="store_true", help="build everything without memory, print counts, stop")
+    result.add_argument("--print-config", action="store_true", help="print the resolved config, stop")
+    return result
+
+
+def _read(path: Path, parents: tuple[Path, ...]) -> Node:
+    path = path.resolve()
+    if path in parents:
+        raise ConfigError(f"{path}: includes itself through {' -> '.join(p.name for p in parents)}; break the circle")
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise ConfigError(f"config file {path} does not exist{suggest(path.name, siblings)}")
+    parsed: Any = _parse(path.read_text(encoding="utf-8"), str(path)) or {}
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"{path}: top level is {type(parsed).__name__}, must be a mapping of keys")
+    node = cast("Node", parsed)
+    includes: Any = node.pop("include", [])
+    if not isinstance(includes, list):
+        raise ConfigError(f"{path}: include is {includes!r}, must be a list of files")
+    parts = [_read(path.parent / str(item), (*parents, path)) for item in cast("list[Any]", includes)]
+    return functools.reduce(_over, [*parts, node], {})
+
+
+def _over(base: Node, above: Node) -> Node:
+    """`above` wins key by key. A node that names another class replaces the whole node: their options differ."""
+    if "name" in base and base["name"] != above.get("name", base["name"]):
+        return above
+    merged = dict(base)
+    for key, value in above.items():
+        old = base.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _over(cast("Node", old), cast("Node", value)) if both else value
+    return merged
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants a dot) and refuses duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [k.value for k, _ in node.value]
+        if twice := sorted({k for k in keys if keys.count(k) > 1}):
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]  (types-PyYAML leaves it bare)
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _nested(key: str, value: Any) -> Node:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _refuse_resolvers(config: Any, source: str) -> None:
+    text = OmegaConf.to_yaml(config, resolve=False)
+    if found := re.search(r"\$\{[^}]*:[^}]*\}", text):
+        raise ConfigError(f"{source}: {found[0]} is a resolver; only references to keys, like ${{seed}}, are allowed")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _unknown_key(error: ConfigKeyError, source: str) -> str:
+    full = str(error.full_key or error.key)
+    owner = error.object_type if dataclasses.is_dataclass(error.object_type) else RunConfig
+    known = [f.name for f in dataclasses.fields(owner)]  # pyright: ignore[reportArgumentType]
+    return f"{source}: unknown key {full!r}; keys here: {', '.join(known)}{suggest(full.rpartition('.')[2], known)}"

@@ -1,0 +1,167 @@
+"""The three on-disk layouts as one table: a row per image with columns of text, before anything is decoded.
+
+folder: `metadata.jsonl`, one object per line with `file` (or `file_name`), `text` and any further columns.
+sidecar: every image with a `.txt` of the same name; columns `file`, `text`, `split`.
+fill50k: `prompt.json`, one object per line with `source`, `target`, `prompt` (Zhang et al. 2023, arXiv:2302.05543,
+the released toy set; JSON lines in spite of the name); columns `file` (= target), `source`, `text`, `split`.
+
+Where a layout has no split of its own, `split` is "heldout" for a fixed 2 % by hash and "train" otherwise.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+from ldm.data.errors import DataError
+from ldm.data.reading import SUFFIXES
+from ldm.registry import suggest
+
+METADATA: Final = "metadata.jsonl"
+PROMPTS: Final = "prompt.json"
+_HELDOUT_SHARE: Final = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One image of a set.
+
+    Attributes:
+        source: where it was read, for messages, e.g. "metadata.jsonl line 3".
+        file: image, relative to the root.
+        text: caption; None only from `sidecar_rows`.
+        columns: everything known about it, `file` and `text` among it.
+    """
+
+    source: str
+    file: str
+    text: str | None
+    columns: dict[str, Any]
+
+    def with_column(self, name: str, value: str) -> "Record":
+        """A copy with one column added or replaced."""
+        return dataclasses.replace(self, columns={**self.columns, name: value})
+
+
+def layout_of(root: Path) -> str:
+    """Which layout a folder has: "folder", "fill50k" or "sidecar".
+
+    Raises: DataError when root is not a folder.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder; give the root of a data set (scripts/prepare_data.py makes one)")
+    if (root / METADATA).is_file():
+        return "folder"
+    return "fill50k" if (root / PROMPTS).is_file() else "sidecar"
+
+
+def read_records(root: Path, layout: str, skip: tuple[str, ...] = ()) -> list[Record]:
+    """All rows of a data folder, in file order (sidecar: in path order).
+
+    Args:
+        root: data folder.
+        layout: "folder", "sidecar" or "fill50k".
+        skip: sidecar only: subfolders that hold hints, not images.
+
+    Raises: DataError when root or its list is missing, a line is not an object, or a column is missing.
+    """
+    if not root.is_dir():
+        raise DataError(f"data root {root} is not a folder; set data.root, or make it with scripts/prepare_data.py")
+    rows = {"folder": _folder, "sidecar": lambda r: _sidecar(r, skip), "fill50k": _fill50k}[layout](root)
+    if not rows:
+        raise DataError(f"{root} has no images for the {layout} layout; check data.root and data.name")
+    return rows
+
+
+def select(rows: list[Record], where: Mapping[str, Any], root: Path) -> list[Record]:
+    """Rows whose columns have the wanted value, or one of the wanted values.
+
+    Raises: DataError on an unknown column, or when nothing is left.
+    """
+    columns = sorted({name for row in rows for name in row.columns})
+    for name in where:
+        if name not in columns:
+            raise DataError(f"data.where has column {name!r}; {root} has {', '.join(columns)}{suggest(name, columns)}")
+    wanted = {name: value if isinstance(value, tuple | list) else (value,) for name, value in where.items()}
+    left = [row for row in rows if all(row.columns.get(name) in values for name, values in wanted.items())]
+    if not left:
+        seen = "; ".join(f"{n}: {', '.join(sorted({str(r.columns.get(n)) for r in rows})[:8])}" for n in wanted)
+        raise DataError(f"data.where {dict(where)} matches none of the {len(rows)} images of {root}; it has {seen}")
+    return left
+
+
+def _folder(root: Path) -> list[Record]:
+    rows = []
+    for source, row in _json_lines(root / METADATA):
+        file = "file" if "file" in row else "file_name"
+        rows.append(_record(root, source, row, file=file, text="text"))
+    return rows
+
+
+def _fill50k(root: Path) -> list[Record]:
+    rows = [_record(root, source, row, file="target", text="prompt") for source, row in _json_lines(root / PROMPTS)]
+    return [row.with_column("split", _split(row.file)) for row in rows]
+
+
+def _record(root: Path, source: str, row: dict[str, Any], *, file: str, text: str) -> Record:
+    for column in (file, text):
+        if not isinstance(row.get(column), str):
+            raise DataError(f"{root}: {source} has {column} = {row.get(column)!r}, must be text")
+    return Record(source, row[file], row[text], {**row, "file": row[file], "text": row[text]})
+
+
+def _sidecar(root: Path, skip: tuple[str, ...]) -> list[Record]:
+    rows = [row for row in sidecar_rows(root) if not _under(row.file, skip)]
+    for row in rows:
+        if row.text is None:
+            raise DataError(
+                f"{root / row.file} has no caption; write one to {row.source} beside it, or move the image away"
+            )
+    return rows
+
+
+def sidecar_rows(root: Path) -> list[Record]:
+    """Every image under root in path order; `text` is None where there is no .txt of the same name."""
+    rows: list[Record] = []
+    for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES):
+        file = path.relative_to(root).as_posix()
+        sidecar = path.with_suffix(".txt")
+        text = _read_text(sidecar).strip() if sidecar.is_file() else None
+        rows.append(Record(sidecar.name, file, text, {"file": file, "text": text, "split": _split(file)}))
+    return rows
+
+
+def _under(file: str, folders: tuple[str, ...]) -> bool:
+    return any(PurePosixPath(file).is_relative_to(folder) for folder in folders)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, text in enumerate(_read_text(path).splitlines(), start=1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path} line {number} is not JSON ({error}); the file holds one object per line"
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path} line {number} is a {type(row).__name__}, must be an object")
+        yield f"{path.name} line {number}", row
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; check data.root and data.name") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text ({error})") from error
+
+
+def _split(file: str) -> str:
+    share = int.from_bytes(hashlib.sha256(f"file:{file}".encode()).digest()[:8], "big") / 2.0**64
+    return "heldout" if share < _HELDOUT_SHARE else "train"

@@ -1,0 +1,86 @@
+"""Geometry shared by an image and its hints: one window is drawn per sample and cut from all of them."""
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.data.errors import DataError
+from ldm.data.reading import MAX_PIXELS
+
+CROPS: Final = ("center", "random", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A square cut and an optional mirror image, in pixels."""
+
+    top: int
+    left: int
+    size: int
+    flip: bool
+
+    def cut(self, x: Tensor) -> Tensor:
+        """Apply to x: c h w, any type; returns c size size."""
+        x = x[:, self.top : self.top + self.size, self.left : self.left + self.size]
+        return x.flip(-1) if self.flip else x
+
+
+def draw_window(
+    height: int, width: int, size: int, *, crop: str, flip: bool, generator: torch.Generator | None
+) -> Window:
+    """Choose the window for one sample.
+
+    Args:
+        height: of the resized image, at least `size`.
+        width: as height.
+        size: side of the square.
+        crop: "random" places the window with the generator; everything else centres it.
+        flip: mirror half of the samples.
+        generator: CPU generator; None means no augmentation: centred, not mirrored.
+    """
+    top, left = (height - size) // 2, (width - size) // 2
+    if generator is None:
+        return Window(top, left, size, False)
+    if crop == "random":
+        top = int(torch.randint(height - size + 1, (), generator=generator))
+        left = int(torch.randint(width - size + 1, (), generator=generator))
+    return Window(top, left, size, flip and bool(torch.rand((), generator=generator) < 0.5))
+
+
+def resize(image: Image.Image, size: int, *, crop: str, hint: bool) -> Tensor:
+    """Shorter side to `size` (crop "none": both sides), as 3 h w uint8.
+
+    Images use antialiased bicubic; hints use the area average, which never overshoots and invents no values
+    outside a line's own two.
+
+    Raises: DataError for a strip so thin that it would not fit in memory.
+    """
+    width, height = image.size
+    scale = size / min(width, height)
+    target = (size, size) if crop == "none" else (max(size, round(width * scale)), max(size, round(height * scale)))
+    if target[0] * target[1] > MAX_PIXELS:
+        raise DataError(
+            f"image of {width}x{height} would become {target[0]}x{target[1]}; crop it to a fuller shape first"
+        )
+    if image.size != target:
+        image = image.resize(target, Image.Resampling.BOX if hint else Image.Resampling.BICUBIC)
+    pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    return pixels.view(target[1], target[0], 3).permute(2, 0, 1).contiguous()
+
+
+def to_image(pixels: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 in [-1, 1], same shape."""
+    return pixels.float().div_(127.5).sub_(1.0)
+
+
+def to_hint(pixels: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 in [0, 1], same shape."""
+    return pixels.float().div_(255.0)
+
+
+def to_pixels(image: Tensor) -> Tensor:
+    """Float in [-1, 1] -> uint8 0..255, rounded and clamped, same shape."""
+    return image.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,1 @@
+"""Figures: how close, how obedient, how retrievable."""

@@ -1,0 +1,17 @@
+"""How well two sets of embeddings find each other."""
+
+from torch import Tensor
+
+
+def recall_at(queries: Tensor, keys: Tensor, k: int) -> float:
+    """Share of queries whose own key (same row) is among the k nearest by inner product.
+
+    Args:
+        queries: n d.
+        keys: n d, row i belongs to query i.
+        k: at least 1.
+    """
+    similarity = queries.float() @ keys.float().T
+    own = similarity.diagonal()[:, None]
+    rank = (similarity > own).sum(dim=1)  # keys nearer than the right one
+    return (rank < k).float().mean().item()

@@ -1,0 +1,139 @@
+"""Attention layers of the UNet: attention, GEGLU feed-forward, SpatialTransformer.
+
+Vaswani et al. 2017 (arXiv:1706.03762); Rombach et al. 2022 (arXiv:2112.10752), section 3.3 and appendix E.2.1.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.control import Control
+from ldm.models.blocks import init_zero
+
+UNFUSED_KEYS = 1024  # up to here unfused attention is faster in bf16 on CPUs; measured in docs/emoji.md
+KV = tuple[Tensor, Tensor, float]  # keys b n inner, values b n inner, scale
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for b heads n d tensors.
+
+    torch's fused kernel, except for short sequences in bf16 on a CPU: there two matrix products run on the bf16 units,
+    which the fused kernel leaves idle (its backward above all).
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= UNFUSED_KEYS:
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; self-attention when no context is given.
+
+    q, k, v have no bias, the output projection has one. Scale is head_dim ** -0.5.
+    """
+
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"attention width {dim} is not a multiple of {heads} heads; change channels or heads")
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, extra: Sequence[KV] = ()) -> Tensor:
+        """Attend.
+
+        Args:
+            x: b n dim, queries.
+            context: b m context_dim, keys and values; `x` itself when None.
+            extra: further keys and values that share the queries; each result is added times its scale
+                (decoupled cross-attention, arXiv:2308.06721 Eq. 5).
+
+        Returns: b n dim.
+        """
+        source = x if context is None else context
+        q = self._split(self.to_q(x))  # b heads n d
+        out = attend(q, self._split(self.to_k(source)), self._split(self.to_v(source)))
+        for k, v, scale in extra:
+            out = out + scale * attend(q, self._split(k).to(q.dtype), self._split(v).to(q.dtype))
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
+
+
+class GEGLU(nn.Module):
+    """Feed-forward with a gated linear unit: value * gelu(gate), exact GELU, inner width 4 * dim.
+
+    Shazeer 2020 (arXiv:2002.05202). First half of `proj` is the value, second half the gate.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 8 * dim)
+        self.out = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens b n dim -> b n dim."""
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return self.out(value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward; pre-LayerNorm, residual around each."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, heads, context_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = GEGLU(dim)
+
+    def forward(self, x: Tensor, context: Tensor, extra: Sequence[KV]) -> Tensor:
+        """x: b n dim, context: b m context_dim -> b n dim."""
+        x = self.attn1(self.norm1(x)) + x
+        x = self.attn2(self.norm2(x), context, extra) + x
+        return self.ff(self.norm3(x)) + x
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer over the pixels of a feature map, with text (and image prompts) by cross-attention.
+
+    Args:
+        dim: channels of the map.
+        heads: attention heads.
+        context_dim: width of the context tokens.
+        depth: number of transformer blocks.
+        linear: Linear projections (SD2, SDXL) instead of 1x1 convolutions (SD1).
+        groups: groups of the entry GroupNorm, whose eps is 1e-6 (unlike the residual blocks' 1e-5).
+    """
+
+    def __init__(self, dim: int, heads: int, context_dim: int, *, depth: int, linear: bool, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
+        self.proj_in = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
+        self.blocks = nn.ModuleList(TransformerBlock(dim, heads, context_dim) for _ in range(depth))
+        self.proj_out = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
+        init_zero(self.proj_out)
+        self.linear = linear
+        self.first_layer = 0  # index of blocks[0] in UNetSpec.cross_attn; set once by UNet
+
+    def forward(self, x: Tensor, control: Control) -> Tensor:
+        """x: b dim h w -> b dim h w. `control.context` must be set; `control.attn` may be."""
+        assert control.context is not None
+        h, w = x.shape[-2:]
+        y = self.norm(x)
+        y = y if self.linear else self.proj_in(y)
+        y = rearrange(y, "b c h w -> b (h w) c")
+        y = self.proj_in(y) if self.linear else y
+        for i, block in enumerate(self.blocks, start=self.first_layer):
+            y = block(y, control.context, [(e.k[i], e.v[i], e.scale) for e in control.attn])
+        y = self.proj_out(y) if self.linear else y
+        y = rearrange(y, "b (h w) c -> b c h w", h=h, w=w)
+        return x + (y if self.linear else self.proj_out(y))

@@ -1,0 +1,83 @@
+"""Convolutional blocks and the timestep embedding of the UNet (Rombach et al. 2022, arXiv:2112.10752, appendix E)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding, cosine half first.
+
+    Vaswani et al. 2017 (arXiv:1706.03762), section 3.5, with frequencies exp(-ln(10000) i / (dim/2)).
+
+    Args:
+        t: b, integer or fractional timesteps.
+        dim: even width.
+
+    Returns: b dim, float32.
+    """
+    half = dim // 2
+    freq = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
+    angle = t.float()[:, None] * freq
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def init_zero(module: nn.Conv2d | nn.Linear) -> None:
+    """Weights and bias to zero: the layer adds nothing until it has been trained."""
+    nn.init.zeros_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+class Embed(nn.Sequential):
+    """Two-layer SiLU MLP: b in_dim -> b dim. No activation at the end: residual blocks apply their own."""
+
+    def __init__(self, in_dim: int, dim: int) -> None:
+        super().__init__(nn.Linear(in_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+
+class ResBlock(nn.Module):
+    """GroupNorm-SiLU-conv twice, embedding added between, identity or 1x1 shortcut. The last conv starts at zero."""
+
+    def __init__(self, in_channels: int, channels: int, emb_dim: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.emb = nn.Linear(emb_dim, channels)
+        self.norm2 = nn.GroupNorm(groups, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.shortcut = nn.Identity() if in_channels == channels else nn.Conv2d(in_channels, channels, 1)
+        init_zero(self.conv2)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x: b in_channels h w, emb: b emb_dim -> b channels h w."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.emb(F.silu(emb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class Downsample(nn.Module):
+    """3x3 convolution, stride 2, symmetric padding 1."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map b c h w -> b c h/2 w/2."""
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Nearest x2, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map b c h w -> b c 2h 2w."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,0 +1,251 @@
+"""Contrastive pairs of a text tower and an image tower: Radford et al. 2021 (arXiv:2103.00020).
+
+The text tower is what cross-attention reads; the image towers serve image prompts (ViT: IP-Adapter, Swin: SeeCoder).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.models.text import TextEncoder
+from ldm.registry import ConfigError, build, register
+
+INITIAL_TEMPERATURE = 0.07
+MAX_LOGIT_SCALE = 100.0  # section 2.5 of the paper: clipped for stability
+
+
+class ImageTower(nn.Module, ABC):
+    """Image to features. `width` is the size of the pooled features and of the tokens."""
+
+    width: int
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Pooled features b d of images b 3 h w in [-1, 1]."""
+
+    @abstractmethod
+    def tokens(self, x: Tensor) -> Tensor:
+        """Local features b n d of images b 3 h w in [-1, 1], for adapters that read more than one vector."""
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Vision transformer at one image size.
+
+    Attributes:
+        image_size: side in pixels, a multiple of `patch`.
+        patch: side of a patch in pixels.
+        width: channels.
+        layers: transformer blocks.
+        heads: attention heads; divides `width`.
+    """
+
+    image_size: int = 64
+    patch: int = 8
+    width: int = 192
+    layers: int = 6
+    heads: int = 3
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ConfigError: if a number is below 1, or one does not divide the other.
+        """
+        _check_positive("vit", self, ("image_size", "patch", "width", "layers", "heads"))
+        if self.image_size % self.patch:
+            raise ConfigError(f"vit.image_size is {self.image_size}, must be a multiple of vit.patch={self.patch}")
+        if self.width % self.heads:
+            raise ConfigError(f"vit.width is {self.width}, must be a multiple of vit.heads={self.heads}")
+
+
+@register("image", "vit", options=ViTConfig)
+class ViT(ImageTower):
+    """open_clip's vision transformer without its projection. Dosovitskiy et al. 2021 (arXiv:2010.11929)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        from open_clip.transformer import VisionTransformer  # slow to import: not before a tower is built
+
+        self.config = config
+        self.width = config.width
+        self.net = VisionTransformer(
+            image_size=config.image_size,
+            patch_size=config.patch,
+            width=config.width,
+            layers=config.layers,
+            heads=config.heads,
+            mlp_ratio=4.0,
+            output_dim=config.width,
+        )
+        self.net.prune_intermediate_layers(indices=1, prune_head=True)  # keeps every block, drops the projection
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pooled features: the class token after the last LayerNorm, b d."""
+        return self.net(self._sized(x))
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Penultimate block's output without LayerNorm, class token first: b 1+n d, as IP-Adapter Plus reads it."""
+        indices = [max(self.config.layers - 2, 0)]
+        out = self.net.forward_intermediates(
+            self._sized(x),
+            indices=indices,
+            stop_early=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
+        return torch.cat([out["image_intermediates_prefix"][0], out["image_intermediates"][0]], dim=1)
+
+    def _sized(self, x: Tensor) -> Tensor:
+        if x.shape[2:] != (self.config.image_size, self.config.image_size):
+            raise ValueError(
+                f"vit: image is {x.shape[2]}x{x.shape[3]} (h w), must be {self.config.image_size} on both sides; "
+                "resize it"
+            )
+        return x
+
+
+@dataclass(frozen=True)
+class SwinConfig:
+    """Hierarchical window transformer for images of any size.
+
+    Attributes:
+        image_size: side in pixels that it is trained at.
+        patch: side of a patch in pixels; stage k works at 1 / (patch * 2**k) of the image.
+        width: channels of the first stage; they double per stage.
+        depths: blocks per stage.
+        heads: attention heads per stage.
+        window: side of an attention window, in tokens.
+    """
+
+    image_size: int = 64
+    patch: int = 4
+    width: int = 48
+    depths: tuple[int, ...] = (2, 2, 4)
+    heads: tuple[int, ...] = (2, 4, 8)
+    window: int = 4
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ConfigError: if a number is below 1, or the lists have different lengths.
+        """
+        _check_positive("swin", self, ("image_size", "patch", "width", "window"))
+        if not self.depths or len(self.depths) != len(self.heads):
+            raise ConfigError(f"swin.depths is {self.depths}, heads {self.heads}; give one number per stage in both")
+        if bad := [h for k, h in enumerate(self.heads) if h < 1 or (self.width * 2**k) % h]:
+            raise ConfigError(f"swin.heads has {bad}, must divide the stage's width, {self.width} * 2**stage")
+
+
+@register("image", "swin", options=SwinConfig)
+class Swin(ImageTower):
+    """timm's Swin transformer, windows never shrunk to the map: one function at every size.
+
+    Liu et al. 2021 (arXiv:2103.14030). Maps that are not a multiple of the window are padded inside attention.
+    """
+
+    def __init__(self, config: SwinConfig) -> None:
+        super().__init__()
+        from timm.models.swin_transformer import SwinTransformer  # slow to import: not before a tower is built
+
+        self.config = config
+        self.width = config.width * 2 ** (len(config.depths) - 1)
+        self.net = SwinTransformer(
+            img_size=config.image_size,
+            patch_size=config.patch,
+            num_classes=0,
+            embed_dim=config.width,
+            depths=config.depths,
+            num_heads=config.heads,
+            window_size=config.window,
+            always_partition=True,
+            strict_img_size=False,
+            drop_path_rate=0.0,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pooled features: the mean over the last stage after its LayerNorm, b d."""
+        return self.net(self._sized(x))
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Last stage after its LayerNorm, b n d in row order."""
+        return rearrange(self.net.forward_features(self._sized(x)), "b h w d -> b (h w) d")
+
+    def stages(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Feature maps b c h w of every stage, full resolution first, without LayerNorm."""
+        maps = cast(list[Tensor], self.net.forward_intermediates(self._sized(x), intermediates_only=True))
+        return tuple(maps)
+
+    def _sized(self, x: Tensor) -> Tensor:
+        if x.shape[2] % self.config.patch or x.shape[3] % self.config.patch:
+            raise ValueError(
+                f"swin: image is {x.shape[2]}x{x.shape[3]} (h w), sides must be multiples of {self.config.patch}; "
+                "resize it"
+            )
+        return x
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """A text tower, an image tower and the size of the space they meet in.
+
+    Attributes:
+        text: options of a registered text tower; `name` defaults to "clip".
+        image: options of a registered image tower; `name` is "vit" (default) or "swin".
+        embed_dim: size of the shared embedding.
+    """
+
+    text: Mapping[str, Any] = field(default_factory=dict)
+    image: Mapping[str, Any] = field(default_factory=dict)
+    embed_dim: int = 128
+
+
+@register("clip", "clip", options=CLIPConfig)
+class CLIP(nn.Module):
+    """Two towers trained to agree on pairs. Images are b 3 h w in [-1, 1], without CLIP's mean and std."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        _check_positive("clip", config, ("embed_dim",))
+        self.config = config
+        self.text: TextEncoder = build("text", {"name": "clip", **config.text})
+        self.image: ImageTower = build("image", {"name": "vit", **config.image})
+        self.text_proj = _projection(self.text.config.width, config.embed_dim)
+        self.image_proj = _projection(self.image.width, config.embed_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / INITIAL_TEMPERATURE)))
+
+    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Image embeddings b d, text embeddings b d (unit length) and the logit scale (at most 100) of the loss."""
+        return self.encode_image(x), self.encode_text(ids), self.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+
+    def encode_image(self, x: Tensor) -> Tensor:
+        """Images b 3 h w in [-1, 1] -> embeddings b d of unit length."""
+        return F.normalize(self.image(x) @ self.image_proj, dim=-1)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Token ids b n int64 -> embeddings b d of unit length, whatever layer the text tower gives to others."""
+        tokens = self.text.ln_final(self.text.hidden(ids))  # b n d
+        return F.normalize(self.text.pooled(tokens, ids) @ self.text_proj, dim=-1)
+
+    def image_tokens(self, x: Tensor) -> Tensor:
+        """Images b 3 h w in [-1, 1] -> local features b n d of the image tower."""
+        return self.image.tokens(x)
+
+
+def _projection(width: int, embed_dim: int) -> nn.Parameter:
+    return nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
+
+
+def _check_positive(owner: str, config: object, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{owner}.{name} is {getattr(config, name)}, must be at least 1")

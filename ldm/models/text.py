@@ -1,0 +1,213 @@
+"""CLIP text towers of any size, with their tokenizer: prompts to tokens for cross-attention.
+
+Radford et al. 2021 (arXiv:2103.00020), section 2.4. Built on open_clip's transformer blocks and byte-pair encoding.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ldm.registry import ConfigError, register
+
+logger = logging.getLogger(__name__)
+
+ALPHABET = 512  # 256 bytes, each with and without the end-of-word mark
+ALL_MERGES = 48894  # of the published byte-pair encoding: a vocabulary of 49408
+ACTIVATIONS = ("quick_gelu", "gelu")
+PADDINGS = ("eos", "zero")
+LAYERS = ("last", "penultimate")
+TOKEN_STD = 0.02  # initial standard deviations of the published models
+POSITION_STD = 0.01
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Shape of a text tower; the defaults are CLIP ViT-L/14's, which Stable Diffusion 1.x uses.
+
+    SD2.x: width 1024, layers 24, heads 16, activation gelu, pad zero, layer penultimate.
+
+    Attributes:
+        width: channels of the residual stream, and of the output tokens.
+        layers: transformer blocks.
+        heads: attention heads; divides `width`.
+        activation: "quick_gelu" (OpenAI's weights) or "gelu" (exact; OpenCLIP's).
+        context_length: positions, begin and end marks included.
+        merges: byte-pair merges kept, the most frequent first; fewer give a smaller vocabulary. None keeps all 48894.
+        pad: token behind the end mark: "eos" repeats it (SD1.x), "zero" is id 0 (SD2.x).
+        layer: output of the "last" block or of the "penultimate" one.
+        final_norm: apply the final LayerNorm to it (SDXL does not).
+    """
+
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    activation: str = "quick_gelu"
+    context_length: int = 77
+    merges: int | None = None
+    pad: str = "eos"
+    layer: str = "last"
+    final_norm: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: on a word that is not listed above or a number out of range.
+        """
+        for name, allowed in (("activation", ACTIVATIONS), ("pad", PADDINGS), ("layer", LAYERS)):
+            if (value := getattr(self, name)) not in allowed:
+                raise ConfigError(f"text.{name} is {value!r}, must be one of {', '.join(allowed)}")
+        if self.heads < 1 or self.width < 1 or self.width % self.heads:
+            raise ConfigError(f"text.width is {self.width}, must be a positive multiple of text.heads={self.heads}")
+        if self.layers < (fewest := 1 + (self.layer == "penultimate")):
+            raise ConfigError(f"text.layers is {self.layers}, must be at least {fewest} with text.layer={self.layer}")
+        if self.context_length < 3:
+            raise ConfigError(f"text.context_length is {self.context_length}, must be at least 3: begin, word, end")
+        if self.merges is not None and not 0 <= self.merges <= ALL_MERGES:
+            raise ConfigError(f"text.merges is {self.merges}, must be null or 0..{ALL_MERGES}")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids; the last two are the begin and end marks."""
+        return ALPHABET + (ALL_MERGES if self.merges is None else self.merges) + 2
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Token ids, b n int64, and the indices of the prompts that did not fit and were cut."""
+
+    ids: Tensor
+    truncated: tuple[int, ...]
+
+
+class Tokenizer:
+    """Lower-case byte-pair encoding of prompts: begin mark, tokens, end mark, padding."""
+
+    def __init__(self, context_length: int = 77, merges: int | None = None, pad: str = "eos") -> None:
+        """Load the encoding that open_clip ships.
+
+        Args:
+            context_length: ids per prompt.
+            merges: keep this many merges, the most frequent first; None keeps all. A prefix of the merge list is
+                itself a valid encoding, with a smaller vocabulary.
+            pad: "eos" or "zero".
+        """
+        from open_clip.tokenizer import SimpleTokenizer  # slow to import: not before a prompt needs it
+
+        bpe = SimpleTokenizer()
+        kept = ALL_MERGES if merges is None else merges
+        if kept < ALL_MERGES:
+            words = [*list(bpe.encoder)[: ALPHABET + kept], *(bpe.decoder[i] for i in bpe.all_special_ids)]
+            bpe.encoder = {word: i for i, word in enumerate(words)}
+            bpe.decoder = dict(enumerate(words))
+            bpe.bpe_ranks = {pair: rank for pair, rank in bpe.bpe_ranks.items() if rank < kept}
+        self._bpe = bpe
+        self.context_length = context_length
+        self.vocab_size = ALPHABET + kept + 2
+        self.bos, self.eos = self.vocab_size - 2, self.vocab_size - 1
+        self.pad = self.eos if pad == "eos" else 0
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        """Encode prompts; those longer than `context_length` - 2 tokens are cut, and keep their end mark."""
+        room = self.context_length - 2
+        ids = torch.full((len(texts), self.context_length), self.pad, dtype=torch.int64)
+        truncated = []
+        for i, text in enumerate(texts):
+            words = self._bpe.encode(text)
+            if len(words) > room:
+                truncated.append(i)
+            row = torch.tensor([self.bos, *words[:room], self.eos])
+            ids[i, : len(row)] = row
+        return Tokens(ids, tuple(truncated))
+
+
+@register("text", "clip", options=TextConfig)
+class TextEncoder(nn.Module):
+    """Causal transformer over the tokens of a prompt; padding is not masked, as in the published models."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        from open_clip.transformer import QuickGELU, Transformer  # slow to import: not before a tower is built
+
+        self.config = config
+        self.tokenizer = Tokenizer(config.context_length, config.merges, config.pad)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
+        activation = QuickGELU if config.activation == "quick_gelu" else nn.GELU
+        self.transformer = Transformer(config.width, config.layers, config.heads, act_layer=activation)
+        self.ln_final = nn.LayerNorm(config.width)
+        self._init()
+
+    def _init(self) -> None:
+        """Gaussian start, residual branches scaled down by depth (released CLIP code)."""
+        width, branches = self.config.width, 2 * self.config.layers
+        nn.init.normal_(self.token_embedding.weight, std=TOKEN_STD)
+        nn.init.normal_(self.positional_embedding, std=POSITION_STD)
+        stds = {
+            "attn.in_proj_weight": width**-0.5,
+            "attn.out_proj.weight": (width * branches) ** -0.5,
+            "mlp.c_fc.weight": (2 * width) ** -0.5,
+            "mlp.c_proj.weight": (width * branches) ** -0.5,
+        }
+        for block in self.transformer.resblocks:
+            for name, std in stds.items():
+                nn.init.normal_(block.get_parameter(name), std=std)
+
+    def hidden(self, ids: Tensor, skip: int = 0) -> Tensor:
+        """Output of block `layers - skip`, before the final LayerNorm.
+
+        Args:
+            ids: b n int64, n at most `context_length`.
+            skip: blocks left out at the end.
+
+        Returns: b n d.
+
+        Raises:
+            ValueError: if the prompt has more positions than the tower, or `skip` more blocks.
+        """
+        n = ids.shape[1]
+        if n > self.config.context_length or not 0 <= skip < self.config.layers:
+            raise ValueError(
+                f"text: {n} positions and skip={skip}; this tower has {self.config.context_length} positions and "
+                f"{self.config.layers} layers: cut the ids with its tokenizer, lower skip"
+            )
+        h = self.token_embedding(ids) + self.positional_embedding[:n]  # b n d
+        # Causal: each position sees itself and those before. Built here: a buffer would be lost on the meta device.
+        mask = torch.full((n, n), -torch.inf, dtype=h.dtype, device=h.device).triu(1)
+        for block in self.transformer.resblocks[: self.config.layers - skip]:
+            h = block(h, attn_mask=mask)
+        return h
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids b n int64 -> tokens for cross-attention, b n d."""
+        h = self.hidden(ids, skip=1 if self.config.layer == "penultimate" else 0)
+        return self.ln_final(h) if self.config.final_norm else h
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Prompts -> tokens for cross-attention, b n d; prompts that are too long are cut, with one warning."""
+        tokens = self.tokenizer(texts)
+        if tokens.truncated:
+            first, limit = texts[tokens.truncated[0]], self.config.context_length
+            logger.warning(
+                "%d of %d prompts are longer than %d tokens and were cut, e.g. %.60r",
+                len(tokens.truncated),
+                len(texts),
+                limit,
+                first,
+            )
+        return self(tokens.ids.to(self.token_embedding.weight.device))
+
+    def pooled(self, tokens: Tensor, ids: Tensor) -> Tensor:
+        """Features of each prompt at its first end mark.
+
+        Args:
+            tokens: b n d, output of the last block after the final LayerNorm.
+            ids: b n int64, the ids they were made from.
+
+        Returns: b d.
+        """
+        first = (ids == self.tokenizer.eos).to(torch.int32).argmax(dim=1)  # b
+        return tokens[torch.arange(len(tokens), device=tokens.device), first]

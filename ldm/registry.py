@@ -1,0 +1,129 @@
+"""A closed world of names that configs may build: nothing is ever imported or evaluated from YAML."""
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class ConfigError(ValueError):
+    """Bad user input (YAML, command line, files). Scripts print its one line and exit with code 2."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Entry:
+    factory: Callable[..., Any]
+    options: type | None
+
+
+_KNOWN: dict[tuple[str, str], _Entry] = {}
+
+
+def register(kind: str, name: str, options: type | None = None) -> Callable[[F], F]:
+    """Class or function decorator: makes `{name: <name>, ...}` buildable where `kind` is expected.
+
+    Args:
+        kind: what the config slot holds, e.g. "unet", "sampler", "adapter".
+        name: the word written in YAML.
+        options: a frozen dataclass whose fields are the YAML keys; the factory then gets one instance of it
+            as its first argument. Without it the factory's own signature lists the keys.
+
+    Raises: ValueError if the name is taken.
+    """
+
+    def add(factory: F) -> F:
+        if (kind, name) in _KNOWN:
+            raise ValueError(f"{kind} {name!r} is registered twice")
+        _KNOWN[kind, name] = _Entry(factory, options)
+        return factory
+
+    return add
+
+
+def names(kind: str) -> list[str]:
+    """Registered names of one kind, sorted."""
+    return sorted(n for k, n in _KNOWN if k == kind)
+
+
+def registered() -> dict[tuple[str, str], Callable[..., Any]]:
+    """Everything registered: (kind, name) -> factory. For tests and `--help`."""
+    return {key: entry.factory for key, entry in _KNOWN.items()}
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the closest known word, else an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def build(kind: str, node: Mapping[str, Any], **runtime: Any) -> Any:
+    """Build `node["name"]` of this kind from its YAML keys.
+
+    Args:
+        kind: as given to `register`.
+        node: mapping with `name` and the factory's options; lists become tuples.
+        runtime: arguments that come from the program, never from YAML (e.g. `unet=`).
+
+    Raises: ConfigError on an unregistered name, an unknown or missing key, or a value the factory refuses.
+    """
+    entry, params = _resolve(kind, node, runtime)
+    with _user_error(kind, node):
+        if entry.options is None:
+            return entry.factory(**params, **runtime)
+        return entry.factory(entry.options(**params), **runtime)
+
+
+def options(kind: str, node: Mapping[str, Any]) -> Any:
+    """The checked options of a node as the dataclass it was registered with, without building it.
+
+    For what must be known before anything exists: the image size of a data set that is not on this machine.
+
+    Raises: ConfigError as `build`; ValueError if `node["name"]` was registered without `options=`.
+    """
+    entry, params = _resolve(kind, node, {})
+    if entry.options is None:
+        raise ValueError(f"{kind} {node['name']!r} has no options dataclass; register it with options=")
+    with _user_error(kind, node):
+        return entry.options(**params)
+
+
+def _resolve(kind: str, node: Mapping[str, Any], runtime: Mapping[str, Any]) -> tuple[_Entry, dict[str, Any]]:
+    """Find what the node names and check its keys."""
+    name = str(node.get("name", ""))
+    entry = _KNOWN.get((kind, name))
+    if entry is None:
+        raise ConfigError(f"{kind}.name is {name!r}; registered: {', '.join(names(kind))}{suggest(name, names(kind))}")
+    params = {str(k): _freeze(v) for k, v in node.items() if k != "name"}
+    signature = inspect.signature(entry.options or entry.factory).parameters
+    known = {n: p for n, p in signature.items() if n not in runtime}
+    unknown = sorted(params.keys() - known.keys())
+    missing = sorted(n for n, p in known.items() if p.default is p.empty and n not in params)
+    if unknown or missing:
+        hint = suggest(unknown[0], known) if unknown else ""
+        raise ConfigError(
+            f"{kind} {name!r}: unknown keys {unknown}, missing keys {missing}; options: {', '.join(known)}{hint}"
+        )
+    return entry, params
+
+
+@contextmanager
+def _user_error(kind: str, node: Mapping[str, Any]) -> Generator[None, None, None]:
+    """A value that a factory refuses is the user's: say which node it is in."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{kind} {node['name']!r}: {error}") from error
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _freeze(v) for k, v in cast("Mapping[str, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return tuple(_freeze(v) for v in cast("Sequence[Any]", value))
+    return value

@@ -1,0 +1,237 @@
+"""The output folder of a sampling run: PNGs that say how they were made, a grid, records, the resolved config.
+
+A folder belongs to one set of settings: the first line of its `config.yaml` holds a digest of all that decides the
+pictures: models and the content of their weights, adapters, `sample:` without `batch`, prompts, seeds and the content
+of the hints. The same settings write the same files again; a folder of other settings, or with files of another
+origin, is refused before anything is written.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+from omegaconf import OmegaConf
+from PIL import Image, ImageDraw, PngImagePlugin
+from torch import Tensor
+
+from ldm import config as configs
+from ldm import grid
+from ldm.config import RunConfig
+from ldm.data import transforms
+from ldm.data.reading import read_image
+from ldm.prompts import Prompt
+from ldm.registry import ConfigError
+from ldm.sampling.plan import Item, Plan, load_hint
+
+CHUNK: Final = "parameters"  # keyword of the PNG text chunk
+HEADER: Final = "# sampling digest: "
+GRID_ROWS, GRID_COLUMNS = 32, 16  # a grid shows at most this many prompts and seeds
+GRID_SIDE: Final = 256  # larger pictures are shrunk to this height or width in the grid
+LABEL_WIDTH: Final = 170  # pixels of the prompts beside the rows
+LETTER: Final = (7, 12)  # about the width and height of one letter of PIL's own font
+
+
+class Output:
+    """Writes one run's files. Every rank may make one; `begin` and `finish` are for rank 0."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Read the content of weights and hints (not yet the folder).
+
+        Raises: ConfigError if one of the weights does not exist or cannot be read.
+        """
+        self.folder = Path(plan.config.out.dir)
+        self._plan = plan
+        self._weights = {slot: {"file": str(p), "sha256": file_digest(p)} for slot, p in plan.weights.items()}
+        digest = cache(file_digest)  # many prompts may share a hint
+        content = [[digest(path) for path in prompt.hints.values()] for prompt in plan.prompts]
+        self._digest = _digest(_decisive(plan.config), [_record(p) for p in plan.prompts], content, self._weights)
+
+    def check(self) -> None:
+        """Refuse a folder that holds something else. Raises: ConfigError, naming what differs."""
+        file = self.folder / "config.yaml"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"out.dir is {self.folder}, a file; name a folder")
+        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+            return
+        lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else [""]
+        if not lines[0].startswith(HEADER):
+            raise ConfigError(f"out.dir {self.folder} holds files that sampling did not write; choose another out.dir")
+        if lines[0] != HEADER + self._digest:
+            raise ConfigError(
+                f"out.dir {self.folder} holds images of other settings ({self._difference(file)}); "
+                "nothing was overwritten: choose another out.dir, or delete that folder"
+            )
+
+    def begin(self) -> None:
+        """Make the folder and write `config.yaml`. Raises: ConfigError if it cannot be written."""
+        text = f"{HEADER}{self._digest}\n{configs.dump(self._plan.config)}"
+        _write(self.folder / "config.yaml", text.encode())
+
+    def write(self, items: Sequence[Item], images: Tensor) -> None:
+        """Write one batch of PNGs; images: b 3 h w in [0, 1]. Raises: ConfigError if a file cannot be written."""
+        for item, image in zip(items, images, strict=True):
+            info, data = PngImagePlugin.PngInfo(), io.BytesIO()
+            info.add_text(CHUNK, json.dumps(self._parameters(item)), zip=True)
+            grid.to_pil(image).save(data, "PNG", pnginfo=info)
+            _write(self.folder / item.file, data.getvalue())
+
+    def finish(self, cut: Mapping[str, int]) -> None:
+        """Write `samples.jsonl` and `grid.png` from the PNGs of all ranks.
+
+        Args:
+            cut: text -> tokens of it that the text encoder did not read.
+
+        Raises: ConfigError if a file cannot be written.
+        """
+        records = [
+            {"file": item.file, "seed": item.seed} | _record(item.prompt) | {"tokens_cut": cut.get(item.prompt.text, 0)}
+            for batch in self._plan.batches()
+            for item in batch
+        ]
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        _write(self.folder / "samples.jsonl", lines.encode())
+        data = io.BytesIO()
+        self._grid().save(data, "PNG")
+        _write(self.folder / "grid.png", data.getvalue())
+
+    def _parameters(self, item: Item) -> dict[str, Any]:
+        """All that made one image; its `config`, saved as a file, draws this image again."""
+        s, prompt = self._plan.config.sample, item.prompt
+        uses = {name: dataclasses.asdict(self._plan.uses[name]) for name in prompt.hints}
+        alone = dataclasses.replace(s, prompts=[_record(prompt)], seeds=str(item.seed), hints={})
+        return {
+            "prompt": prompt.text,
+            "negative": prompt.negative,
+            "seed": item.seed,
+            "size": list(self._plan.size),
+            "sampler": s.sampler,
+            "guidance": dataclasses.asdict(s.guidance),
+            "adapters": {name: use | {"hint": str(prompt.hints[name])} for name, use in uses.items()},
+            "weights": self._weights,
+            "config": _plain(dataclasses.replace(self._plan.config, sample=alone)),
+        }
+
+    def _difference(self, file: Path) -> str:
+        """What the folder's config has otherwise than this one."""
+        try:
+            theirs = dict(_leaves(_decisive(configs.load(file))))
+        except ConfigError:
+            return "its config.yaml cannot be read"
+        ours = dict(_leaves(_decisive(self._plan.config)))
+        keys = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+        return f"other {', '.join(keys[:3])}" if keys else "the content of its prompts, hints or weights has changed"
+
+    def _grid(self) -> Image.Image:
+        """Rows are prompts, columns are the hints and then the seeds."""
+        rows, seeds = self._plan.prompts[:GRID_ROWS], self._plan.seeds[:GRID_COLUMNS]
+        columns = {
+            f"hint: {name}": _column([load_hint(p.hints[name], self._plan.size) for p in rows])
+            for name in rows[0].hints
+        }
+        for seed in seeds:
+            files = [self.folder / Item(row, prompt, seed).file for row, prompt in enumerate(rows)]
+            columns[f"seed {seed}"] = _column([_read_png(file) for file in files])
+        tile = next(iter(columns.values()))
+        scale = max(1, 128 // max(tile.shape[-2:]))
+        sheet = grid.compose(columns, scale)
+        return _with_labels(sheet, [p.text for p in rows], scale * tile.shape[-2])
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """What `Output` wrote into a PNG. Raises: ConfigError if it is no such file."""
+    try:
+        with Image.open(path) as image:
+            return json.loads(cast("PngImagePlugin.PngImageFile", image).text[CHUNK])
+    except (OSError, AttributeError, KeyError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} is not a PNG with a {CHUNK!r} text chunk; name one that sampling wrote") from error
+
+
+def file_digest(path: Path) -> str:
+    """Sha256 of a file. Raises: ConfigError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}); train or download it, or correct the path"
+        ) from error
+
+
+def _record(prompt: Prompt) -> dict[str, Any]:
+    """As `ldm.prompts` reads it back."""
+    hints = {name: str(path) for name, path in prompt.hints.items()}
+    return {"prompt": prompt.text, "negative": prompt.negative, "hints": hints}
+
+
+def _decisive(config: RunConfig) -> dict[str, Any]:
+    """The part of a config that decides the pictures. Prompts and hints are files in it: see `Output`."""
+    whole = _plain(config)
+    return {"model": whole["model"], "adapters": whole["adapters"], "sample": whole["sample"] | {"batch": None}}
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}".lstrip("."))
+    else:
+        yield path, node
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a whole file or leave the old one as it was."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror}); free space or choose another out.dir"
+        ) from error
+
+
+def _read_png(path: Path) -> Tensor:
+    image = read_image(path)
+    return transforms.to_hint(transforms.resize(image, min(image.size), crop="center", hint=True))  # unchanged, [0, 1]
+
+
+def _column(images: Sequence[Tensor]) -> Tensor:
+    """Stacked, b 3 h w, shrunk to the grid's largest side."""
+    column = torch.stack(list(images))
+    longest = max(column.shape[-2:])
+    if longest <= GRID_SIDE:
+        return column
+    size = [max(1, round(side * GRID_SIDE / longest)) for side in column.shape[-2:]]
+    return torch.nn.functional.interpolate(column, size=size, mode="area")
+
+
+def _with_labels(sheet: Image.Image, labels: Sequence[str], height: int) -> Image.Image:
+    """The sheet with each row's text, wrapped, on its left."""
+    result = Image.new("RGB", (sheet.width + LABEL_WIDTH, sheet.height), "white")
+    result.paste(sheet, (LABEL_WIDTH, 0))
+    draw = ImageDraw.Draw(result)
+    for row, label in enumerate(labels):
+        plain = label.encode("latin-1", "replace").decode("latin-1") or '""'  # PIL's own font may have no more
+        lines = textwrap.wrap(
+            plain, LABEL_WIDTH // LETTER[0], max_lines=max(1, height // LETTER[1]), placeholder=" ..."
+        )
+        top = grid.LABEL + grid.PAD + row * (height + grid.PAD)
+        for i, line in enumerate(lines):
+            draw.text((grid.PAD, top + i * LETTER[1]), line, fill="black")
+    return result

@@ -1,0 +1,166 @@
+"""Draw what a config says: every prompt with every seed.
+
+Images are dealt out to the ranks in whole batches, and each depends on its own prompt, seed and hints only, so the
+files are the same for any number of ranks, and up to rounding for any `sample.batch`.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm import build, generate, registry
+from ldm.config import RunConfig
+from ldm.models.text import Tokenizer
+from ldm.models.unet import num_parameters
+from ldm.registry import ConfigError
+from ldm.samplers import Sampler
+from ldm.sampling.output import Output
+from ldm.sampling.plan import PRECISIONS, Item, Plan, load_hint, plan
+from ldm.training import distributed
+
+log = logging.getLogger(__name__)
+
+
+def sample(config: RunConfig) -> Path:
+    """Draw on all ranks of the current process group. Returns the output folder.
+
+    Raises: ConfigError, DataError or ValueError, in one line, on anything that does not fit.
+    """
+    with distributed.session(config.device) as rank:
+        job = plan(config)
+        _check_hints(job)
+        output = Output(job)
+        output.check()
+        models = load_models(job.config, rank.device)
+        sampler = _sampler(job, models)
+        cut = _report(job, models)
+        rank.barrier()  # every rank has checked the folder before its first file is written
+        if rank.main:
+            output.begin()
+        rank.barrier()
+        mine = job.batches()[rank.index :: rank.world]
+        with tqdm(total=sum(map(len, mine)), desc="drawing", unit="image", disable=not rank.main) as bar:
+            for batch in mine:
+                output.write(batch, draw(job, models, sampler, batch))
+                bar.update(len(batch))
+        rank.barrier()
+        if rank.main:
+            output.finish(cut)
+            log.info("%d images and grid.png in %s", len(job.prompts) * len(job.seeds), output.folder)
+        return output.folder
+
+
+def dry_run(config: RunConfig) -> str:
+    """Check the config, build everything without memory or weights, and say what would be drawn.
+
+    Raises: ConfigError.
+    """
+    job = plan(config)
+    with torch.device("meta"):
+        models = generate.Models(
+            denoiser=build.denoiser(job.config),
+            vae=build.component("vae", job.config.model.vae),
+            text=build.component("text", job.config.model.text) if job.config.model.text is not None else None,
+            schedule=build.schedule(job.config),
+            objective=job.config.model.objective,
+        )
+    sampler = _sampler(job, models)
+    h, w = job.size
+    parts = {
+        "unet": models.denoiser.unet,
+        "vae": models.vae,
+        "text": models.text,
+        **dict(models.denoiser.adapters.items()),
+    }
+    files = [*job.weights.values(), *(path for prompt in job.prompts for path in prompt.hints.values())]
+    absent = [str(path) for path in dict.fromkeys(files) if not path.is_file()]
+    lines = [
+        f"{len(job.prompts)} prompts x {len(job.seeds)} seeds = {len(job.prompts) * len(job.seeds)} images of {h}x{w} "
+        f"in batches of {job.config.sample.batch}, {len(sampler.timesteps)} steps each, to {job.config.out.dir}",
+        *(f"{name}: {num_parameters(module):,} parameters" for name, module in parts.items() if module is not None),
+        *(f"not there yet: {path}" for path in absent),
+    ]
+    return "\n".join(lines)
+
+
+def load_models(config: RunConfig, device: torch.device) -> generate.Models:
+    """Build the models once, with their weights, frozen, in `sample.precision`.
+
+    Under fp16 the VAE stays float32: published ones overflow (SDXL's gives black images).
+
+    Raises: ConfigError as `build.component`.
+    """
+    dtype = PRECISIONS[config.sample.precision]
+
+    def ready(module: nn.Module, dtype: torch.dtype = dtype) -> Any:
+        moved = build.frozen(module).to(device, dtype)
+        return moved.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
+
+    return generate.Models(
+        denoiser=ready(build.denoiser(config)),
+        vae=ready(build.component("vae", config.model.vae), torch.float32 if dtype == torch.float16 else dtype),
+        text=ready(build.component("text", config.model.text)) if config.model.text is not None else None,
+        schedule=build.schedule(config),
+        objective=config.model.objective,
+    )
+
+
+def draw(job: Plan, models: generate.Models, sampler: Sampler, items: Sequence[Item]) -> Tensor:
+    """One batch: b 3 h w in [0, 1]. Raises: ValueError where a hint does not fit its adapter."""
+    names = list(items[0].prompt.hints)
+    return generate.images(
+        models,
+        [item.prompt.text for item in items],
+        [item.seed for item in items],
+        size=job.size,
+        sampler=sampler,
+        guidance=job.guidance,
+        hints={name: torch.stack([load_hint(item.prompt.hints[name], job.size) for item in items]) for name in names},
+        uses=job.uses,
+        negative=[item.prompt.negative or "" for item in items],
+        tile=job.config.sample.tile,
+    )
+
+
+def _sampler(job: Plan, models: generate.Models) -> Sampler:
+    """The sampler; checks the picture's size as well. Raises: ConfigError."""
+    multiple = generate.multiple_of(models)
+    if any(side % multiple for side in job.size):
+        h, w = job.size
+        raise ConfigError(f"sample.height, width are {h}, {w}; must be multiples of {multiple} for these models")
+    return registry.build("sampler", job.config.sample.sampler, schedule=models.schedule)
+
+
+def _check_hints(job: Plan) -> None:
+    """Decode every hint once, so that a bad one stops the run before it draws. Raises: DataError, ConfigError."""
+    load_hint.cache_clear()  # files may have changed since an earlier run of this process
+    for path in dict.fromkeys(path for prompt in job.prompts for path in prompt.hints.values()):
+        load_hint(path, job.size)
+
+
+def _report(job: Plan, models: generate.Models) -> dict[str, int]:
+    """Log silent adapters and texts longer than the text encoder's context. Returns: text -> tokens cut."""
+    for name in job.uses.keys() - job.prompts[0].hints.keys():
+        log.warning("adapter %r has no hint and stays silent; set sample.hints.%s", name, name)
+    if models.text is None:
+        return {}
+    negatives = [p.negative for p in job.prompts if p.negative and job.guidance.scale > 1]
+    texts = list(dict.fromkeys([*(p.text for p in job.prompts), *negatives]))
+    config = models.text.config
+    room, cut = config.context_length - 2, dict[str, int]()
+    for i in models.text.tokenizer(texts).truncated:
+        cut[texts[i]] = count_tokens(texts[i], config.merges) - room
+        log.warning("prompt cut: its last %d tokens do not fit into %d: %.60r", cut[texts[i]], room, texts[i])
+    return cut
+
+
+def count_tokens(text: str, merges: int | None) -> int:
+    """Tokens of a text without its begin and end marks."""
+    tokenizer = Tokenizer(len(text.encode()) * 2 + 3, merges, pad="zero")  # no text has more tokens than bytes
+    ids = tokenizer([text]).ids[0]
+    return int((ids == tokenizer.eos).nonzero().max()) - 1

@@ -1,0 +1,1 @@
+"""Training: one loop for VAE, CLIP, latent diffusion and adapters."""

@@ -1,0 +1,82 @@
+"""Ranks: the same code alone and under torchrun."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ldm.registry import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """This process among its peers."""
+
+    index: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and logs."""
+        return self.index == 0
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean of a tensor over all ranks."""
+        if self.world == 1:
+            return x
+        x = x.clone()
+        dist.all_reduce(x)
+        return x / self.world
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of `auto`, `cpu` or `cuda`. Raises: ConfigError if it is none of them or is absent."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}; allowed: auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda' but torch sees no GPU; use device=auto or device=cpu")
+    use_cuda = name != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+
+
+@contextmanager
+def session(device: str = "auto", threads: int | None = None) -> Iterator[Rank]:
+    """Join the process group that torchrun's environment describes, or run alone; leave it at the end.
+
+    Args:
+        device: auto | cpu | cuda.
+        threads: torch CPU threads of this process; None keeps torch's default.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = Rank(int(os.environ.get("RANK", "0")), world, pick_device(device, int(os.environ.get("LOCAL_RANK", "0"))))
+    logging.basicConfig(level=logging.INFO if rank.main else logging.ERROR, format="%(message)s")
+    if rank.device.type == "cuda":
+        torch.cuda.set_device(rank.device)
+    if world > 1:
+        dist.init_process_group("nccl" if rank.device.type == "cuda" else "gloo")
+    try:
+        yield rank
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def wrap(module: nn.Module, rank: Rank, *, partial: bool = False) -> nn.Module:
+    """DistributedDataParallel where there are peers. `partial`: some parameters get no gradient in some steps."""
+    if rank.world == 1:
+        return module
+    ids = [rank.device.index] if rank.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, device_ids=ids, find_unused_parameters=partial)

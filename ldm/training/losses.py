@@ -1,0 +1,43 @@
+"""Losses: diffusion, autoencoder, adversarial."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.schedule import Schedule
+
+
+def diffusion_loss(
+    output: Tensor, target: Tensor, schedule: Schedule, objective: str, t: Tensor, min_snr_gamma: float | None
+) -> Tensor:
+    """Mean squared error per sample, weighted by min-SNR, averaged over the batch.
+
+    Ho et al. 2020 (arXiv:2006.11239), Eq. 14; Hang et al. 2023 (arXiv:2303.09556), section 3.4.
+
+    Args:
+        output: b c h w, of the UNet.
+        target: b c h w, what it should be.
+        schedule: gives SNR.
+        objective: eps | v | x0, what `output` predicts.
+        t: b, timesteps.
+        min_snr_gamma: e.g. 5; None weights all timesteps equally.
+
+    Returns: scalar, float32.
+    """
+    per_sample = (output.float() - target.float()).pow(2).mean(dim=(1, 2, 3))
+    return (per_sample * schedule.loss_weight(objective, t, min_snr_gamma)).mean()
+
+
+def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """Hinge loss of a discriminator from its logits on real and fake images (Lim & Ye 2017, arXiv:1705.02894)."""
+    return 0.5 * (F.relu(1.0 - real.float()).mean() + F.relu(1.0 + fake.float()).mean())
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """Balance of the adversarial loss: ratio of gradient norms at the decoder's last layer, in [0, 1e4].
+
+    Esser et al. 2021 (arXiv:2012.09841), Eq. 7.
+    """
+    (g_rec,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
+    (g_adv,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    return (g_rec.norm() / (g_adv.norm() + 1e-4)).clamp(0.0, 1e4).detach()

@@ -1,0 +1,23 @@
+"""A training run from its config: build everything, then the loop."""
+
+from pathlib import Path
+
+import torch
+
+from ldm import build
+from ldm.config import RunConfig
+from ldm.training import clip, diffusion, distributed, loop, vae  # noqa: F401  (stages register on import)
+
+
+def train(config: RunConfig) -> Path:
+    """Train what the config says, on all ranks of the current process group. Returns the last checkpoint's folder.
+
+    Raises: ConfigError on anything in the config that does not fit.
+    """
+    with distributed.session(config.device, config.train.threads) as rank:
+        torch.manual_seed(config.seed)  # initial weights; everything later draws from (seed, purpose, position)
+        data = build.data(config.data)
+        held_out = build.data(config.validation.data, "validation.data") if config.validation.data else None
+        stage = build.stage(config).to(rank.device)
+        stage.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
+        return loop.train(config, stage, data, held_out, rank)

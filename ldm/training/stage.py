@@ -1,0 +1,61 @@
+"""What the loop trains: a Stage computes a loss from a batch, and says what to export and how it is doing."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ldm.data.images import Batch, ImageData
+from ldm.training.draws import Draws
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """`total` is what backward gets; `parts` are logged. All scalars on the device."""
+
+    total: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Held-out figures, and pictures as labelled columns, each b 3 h w in [0, 1]."""
+
+    figures: dict[str, float] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Stage(nn.Module, ABC):
+    """One kind of training. The loop wraps it whole, so its forward sees every trainable parameter (DDP)."""
+
+    partial = False  # True: some trainable parameters get no gradient in some forwards
+
+    @property
+    @abstractmethod
+    def trained(self) -> nn.Module:
+        """The module that `train.trainable` patterns, EMA and exports speak of."""
+
+    @property
+    def players(self) -> Mapping[str, nn.Module]:
+        """Modules with an optimizer of their own, updated in turn from the same batch (a GAN has two)."""
+        return {"model": self.trained}
+
+    @abstractmethod
+    def forward(self, batch: Batch, draws: Draws, player: str, step: int) -> Loss:
+        """Mean loss of a micro-batch for one player at optimizer step `step` (0-based)."""
+
+    def exports(self) -> Mapping[str, nn.Module]:
+        """File stem -> module whose weights are shared."""
+        return {"model": self.trained}
+
+    def cached(self, data: ImageData, device: torch.device) -> Dataset:
+        """Hook: replace the data by precomputed inputs. Items must be collated by their own `collate`."""
+        del device
+        return data
+
+    @abstractmethod
+    def validate(self, batches: Iterable[Batch], images: int, seed: int) -> Report:
+        """Figures over all batches and pictures of the first `images` items, on seeds that never change."""

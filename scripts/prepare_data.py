@@ -1,0 +1,59 @@
+"""Make, check and look at data sets: `emoji --out DIR`, `check DIR`, `preview CONFIG`."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm import config, registry
+from ldm.data.check import check
+from ldm.data.emoji import build_emoji
+from ldm.data.preview import write_preview
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    emoji = commands.add_parser("emoji", help="build the emoji set from four npm packages")
+    emoji.add_argument("--out", type=Path, required=True, help="folder to create")
+    emoji.add_argument("--tarballs", type=Path, help="folder with the packages' .tgz files (default: `npm pack`)")
+    emoji.add_argument("--size", type=int, default=128, help="side of the images in pixels (default: 128)")
+    checks = commands.add_parser("check", help="report missing, corrupt, mismatched and odd-sized entries")
+    checks.add_argument("dir", type=Path)
+    preview = commands.add_parser("preview", help="write a PNG of exactly what the network will see")
+    preview.add_argument("config", metavar="CONFIG", help="YAML file with a data node")
+    preview.add_argument("overrides", nargs="*", metavar="key=value", help="override any key, e.g. data.size=32")
+    preview.add_argument("--out", type=Path, default=Path("outputs/preview.png"), metavar="PNG")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out one subcommand and print its result."""
+    if args.command == "emoji":
+        manifest = build_emoji(args.out, tarballs=args.tarballs, size=args.size)
+        print(args.out, f"{manifest['records']} images", *map(str, manifest["counts"].items()), sep="\n")
+    if args.command == "check":
+        print(*(report := check(args.dir)).lines(), sep="\n")
+        raise SystemExit(0 if report.ok else 2)
+    if args.command == "preview":
+        cfg = config.load(args.config, args.overrides)
+        if cfg.data is None:
+            raise registry.ConfigError(f"{args.config} has no data node; add e.g. data: {{name: synthetic, size: 64}}")
+        shown = write_preview(registry.build("data", cfg.data), args.out, seed=cfg.seed)
+        print(f"{args.out}: {shown} samples")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run; bad input is one line on stderr and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        run(parse(argv))
+    except ValueError as error:  # DataError and ConfigError
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

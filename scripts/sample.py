@@ -1,0 +1,51 @@
+"""Draw images: prompts and seeds to PNG files, a grid and records.
+
+python scripts/sample.py                                    the shipped emoji models
+python scripts/sample.py --config configs/sample/tiny/ldm.yaml [key=value ...] [--dry-run] [--print-config]
+python scripts/sample.py --run runs/tiny/ldm sample.prompts='a red circle' sample.seeds=0-15
+torchrun --nproc_per_node 2 scripts/sample.py ...           prompts and seeds are split over the ranks
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm import config
+from ldm.registry import ConfigError
+
+DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "sample" / "emoji" / "ldm.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with command-line arguments. Exits with code 2 and one line on bad input."""
+    parser = config.parser(__doc__ or "")
+    parser.add_argument("--run", metavar="RUN", help="a training run's folder: its config and newest checkpoint")
+    args = parser.parse_args(argv)
+    try:
+        if args.run and args.config:
+            raise ConfigError("--run and --config exclude each other; give one, and key=value for the rest")
+        path, overrides = args.config or DEFAULT, args.overrides
+        if args.run:
+            from ldm.sampling import plan
+
+            path, overrides = Path(args.run) / "config.yaml", [*plan.run_overrides(Path(args.run)), *overrides]
+        cfg = config.load(path, overrides)
+        if args.print_config:
+            print(config.dump(cfg), end="")
+            return
+        import adapters  # noqa: F401  registers them; slow to import, not needed for --help
+        from ldm.sampling import run
+
+        if args.dry_run:
+            print(run.dry_run(cfg))
+        else:
+            run.sample(cfg)
+    except ValueError as error:  # ConfigError and DataError are ValueErrors
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

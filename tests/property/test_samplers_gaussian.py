@@ -1,0 +1,93 @@
+"""On Gaussian data with the exact score every registered sampler reaches the right mean and variance.
+
+Nothing is estimated from random draws. With Gaussian data the best prediction is affine in x_t, and so is every
+sampler's update; the result is therefore m + sum_k c_k n_k over the noises n_k that went in. Batch entry 0 carries m
+and entry k carries c_k: `Draws` hands out unit vectors instead of random numbers.
+"""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import ldm.samplers  # noqa: F401  (registers them)
+from ldm.registry import build, names
+from ldm.samplers import Prediction, Sampler
+from ldm.schedule import Schedule
+
+SCHEDULE = Schedule()
+VARIANTS = [
+    *({"name": name} for name in names("sampler")),
+    {"name": "ddim", "eta": 0.5},
+    {"name": "ddim", "eta": 1.0},
+    {"name": "ddim", "spacing": "trailing", "final": "one"},
+    {"name": "ddim", "spacing": "linspace"},
+    {"name": "ddpm", "variance": "fixed_large"},
+    {"name": "ddpm", "spacing": "trailing"},
+]
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Data distributed as N(mean, std^2), noised by the schedule."""
+
+    mean: float
+    std: float
+
+    def at(self, a_bar: float) -> "Gaussian":
+        return Gaussian(math.sqrt(a_bar) * self.mean, math.sqrt(a_bar * self.std**2 + 1 - a_bar))
+
+    def predict(self, x: Tensor, t: float) -> Prediction:
+        """E[x0 | x_t] and the eps that belongs to it, on the coordinates described above."""
+        a_bar = SCHEDULE.a_bar_at(t)
+        noised, constant = self.at(a_bar), torch.zeros_like(x)
+        constant[0] = 1.0
+        x0 = self.mean * constant + math.sqrt(a_bar) * (self.std / noised.std) ** 2 * (x - noised.mean * constant)
+        return Prediction(x0, (x - math.sqrt(a_bar) * x0) / math.sqrt(1 - a_bar))
+
+
+class Draws:
+    """Noise number k is the unit vector of coordinate k; coordinate 0 is the mean, 1 the starting noise."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.used = size, 1
+
+    def __call__(self) -> Tensor:
+        noise = torch.zeros(self.size, 1, 1, 1, dtype=torch.float64)
+        noise[self.used] = 1.0
+        self.used += 1
+        return noise
+
+
+def reached(sampler: Sampler, data: Gaussian) -> Gaussian:
+    start, draw = data.at(sampler.levels[0]), Draws(3 * len(sampler.timesteps) + 2)
+    x_T = start.std * draw()
+    x_T[0] = start.mean
+    x = sampler.sample(data.predict, x_T, draw)
+    return Gaussian(x[0].item(), x[1:].square().sum().sqrt().item())
+
+
+def errors(node: dict[str, object], steps: int, data: Gaussian) -> tuple[float, float]:
+    """Distance to the data noised to the sampler's last level: of the means in data stds, of the log stds."""
+    sampler = build("sampler", node | {"steps": steps}, schedule=SCHEDULE)
+    got, want = reached(sampler, data), data.at(sampler.levels[-1])
+    return abs(got.mean - want.mean) / max(want.std, abs(want.mean)), abs(math.log(got.std / want.std))
+
+
+@pytest.mark.parametrize("node", VARIANTS, ids=lambda node: "-".join(map(str, node.values())))
+@settings(max_examples=8)
+@given(mean=st.floats(-2, 2), std=st.floats(0.5, 1.5))
+def test_sampler_reaches_the_datas_mean_and_variance(node: dict[str, object], mean: float, std: float) -> None:
+    mean_error, std_error = errors(node, 200, Gaussian(mean, std))
+    assert mean_error < 1e-6  # where x_t is at its mean, eps is 0: no step is too coarse
+    assert std_error < 0.05
+
+
+@pytest.mark.parametrize("node", VARIANTS, ids=lambda node: "-".join(map(str, node.values())))
+def test_more_steps_come_closer(node: dict[str, object]) -> None:
+    coarse, fine = (errors(node, steps, Gaussian(1.0, 0.5)) for steps in (25, 100))
+    assert sum(fine) < 0.5 * sum(coarse) + 1e-6
