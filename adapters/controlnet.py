@@ -68,11 +68,15 @@ class HintEncoder(nn.Module):
     def forward(self, hint: Tensor) -> Tensor:
         """Hint, b hint_channels h w in [0, 1], to features, b channels h/factor w/factor.
 
-        Raises: ValueError on another number of channels.
+        Raises: ValueError on another number of channels, or a size that is not a multiple of factor.
         """
         first = self.convs[0]
-        if hint.shape[1] != first.in_channels:
-            raise ValueError(f"hint has {hint.shape[1]} channels; this ControlNet takes {first.in_channels}")
+        _, c, height, width = hint.shape
+        if c != first.in_channels:
+            raise ValueError(f"hint has {c} channels; this ControlNet takes {first.in_channels}")
+        if height % self.factor or width % self.factor:
+            size = f"{height}x{width} (h w), must be a multiple of {self.factor}"
+            raise ValueError(f"hint is {size}; resize the hint to the image's size")
         h = first(hint.to(first.weight.dtype))  # pyright: ignore
         for conv in self.convs[1:]:
             h = conv(F.silu(h))
@@ -90,7 +94,7 @@ def _check_size(features: Tensor, x_t: Tensor, factor: int) -> None:
     if features.shape[-2:] != x_t.shape[-2:]:
         h, w = (factor * s for s in features.shape[-2:])
         H, W = (factor * s for s in x_t.shape[-2:])
-        raise ValueError(f"hint is about {h}x{w} (h w), the image {H}x{W}; resize the hint to the image's size")
+        raise ValueError(f"hint is {h}x{w} (h w), the image {H}x{W}; resize the hint to the image's size")
 
 
 @register("adapter", "controlnet", options=ControlNetOptions)

@@ -12,7 +12,7 @@ from ldm.config import Node, RunConfig
 from ldm.control import Adapter
 from ldm.data.images import ImageData
 from ldm.denoiser import AdapterUse, Denoiser
-from ldm.models.unet import UNet
+from ldm.models.unet import UNet, UNetDecoder, UNetEncoder
 from ldm.registry import ConfigError
 from ldm.schedule import Schedule, ScheduleConfig
 from ldm.training import checkpoint
@@ -40,6 +40,15 @@ def frozen(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
+def checkpoint_activations(module: nn.Module) -> None:
+    """Make every UNet half in the module (ControlNet's copy too) recompute its blocks. Raises: ConfigError if none."""
+    halves = [m for m in module.modules() if isinstance(m, UNetEncoder | UNetDecoder)]
+    if not halves:
+        raise ConfigError("train.checkpoint_activations is on, but this stage has no UNet; drop the key")
+    for half in halves:
+        half.checkpoint_activations()
+
+
 def data(node: Node | None, what: str = "data") -> ImageData:
     """Build a data set. Raises: ConfigError if it is not set or cannot be read."""
     if node is None:
@@ -63,7 +72,10 @@ def stage(config: RunConfig) -> Stage:
         "uses": lambda: uses(config),
     }
     wanted = [n for n in inspect.signature(factory).parameters if n in makers] if factory else []
-    return registry.build("stage", config.stage, **{n: makers[n]() for n in wanted})
+    result: Stage = registry.build("stage", config.stage, **{n: makers[n]() for n in wanted})
+    if config.train.checkpoint_activations:
+        checkpoint_activations(result)
+    return result
 
 
 def schedule(config: RunConfig) -> Schedule:

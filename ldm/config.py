@@ -6,15 +6,18 @@ YAML names registered classes only (`ldm.registry`); nothing is imported, evalua
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import math
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from ldm.registry import ConfigError, suggest
@@ -144,6 +147,29 @@ class RunConfig:
     out: OutConfig = dataclasses.field(default_factory=OutConfig)
 
 
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(
+        ("train.steps", "train.batch", "train.micro_batch", "train.threads", "train.max_nonfinite"), (1, math.inf)
+    ),
+    **dict.fromkeys(
+        ("checkpoint.every", "log.every", "validation.every", "validation.items", "validation.images"), (1, math.inf)
+    ),
+    **dict.fromkeys(("sample.height", "sample.width", "sample.batch", "sample.tile"), (1, math.inf)),
+    **dict.fromkeys(("train.lr", "train.warmup", "train.weight_decay", "train.clip", "train.workers"), (0, math.inf)),
+    **dict.fromkeys(("seed", "checkpoint.keep_last"), (0, math.inf)),
+    **dict.fromkeys(("train.betas", "train.ema"), (0, 1)),
+}  # key -> at least, below; null is allowed where the key allows it
+_PRECISIONS = ("fp32", "bf16", "fp16")
+_WORDS: dict[str, tuple[str, ...]] = {
+    "device": ("auto", "cpu", "cuda"),
+    "train.precision": _PRECISIONS,
+    "sample.precision": _PRECISIONS,
+    "train.decay": ("constant", "cosine"),
+    "log.wandb": ("disabled", "offline", "online"),
+    "model.objective": ("eps", "v", "x0"),
+}
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a config file, its includes and `key=value` overrides, in that order of strength.
 
@@ -163,18 +189,21 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return from_mapping(merged, source=str(path))
 
 
-def from_mapping(node: DictConfig | Node, source: str = "config") -> RunConfig:
+def from_mapping(node: Node, source: str = "config") -> RunConfig:
     """Validate a plain mapping against `RunConfig`. Raises: ConfigError as `load`."""
+    _check_groups(node, RunConfig(), f"{source}: ")
     try:
-        config = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(cast("Node", node)))
+        config = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(node))
         _refuse_resolvers(config, source)
-        return cast("RunConfig", OmegaConf.to_object(config))
+        result = cast("RunConfig", OmegaConf.to_object(config))
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(error, source)) from error
     except ValidationError as error:
         raise ConfigError(f"{source}: {error.full_key}: {_first_line(error)}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {getattr(error, 'full_key', '')}: {_first_line(error)}") from error
+    _check_values(result, source)
+    return result
 
 
 def dump(config: RunConfig) -> str:
@@ -199,7 +228,7 @@ def _read(path: Path, parents: tuple[Path, ...]) -> Node:
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise ConfigError(f"config file {path} does not exist{suggest(path.name, siblings)}")
-    parsed: Any = _parse(path.read_text(encoding="utf-8"), str(path)) or {}
+    parsed: Any = _parse(path.read_bytes(), str(path)) or {}
     if not isinstance(parsed, dict):
         raise ConfigError(f"{path}: top level is {type(parsed).__name__}, must be a mapping of keys")
     node = cast("Node", parsed)
@@ -239,10 +268,10 @@ _Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]  (typ
 )
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: str | bytes, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
@@ -250,6 +279,34 @@ def _nested(key: str, value: Any) -> Node:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
+
+
+def _check_groups(node: Node, defaults: Any, where: str) -> None:
+    """A value in place of a group of keys: omegaconf's own errors do not say where it is."""
+    for field in dataclasses.fields(defaults):
+        value, default = node.get(field.name, {}), getattr(defaults, field.name)
+        group = dataclasses.is_dataclass(default)
+        if (group or isinstance(default, dict)) and not isinstance(value, dict):
+            raise ConfigError(f"{where}{field.name} is {value!r}, must be a mapping of keys")
+        if group:
+            _check_groups(cast("Node", value), default, f"{where}{field.name}.")
+
+
+def _check_values(config: RunConfig, source: str) -> None:
+    """Numbers and words that would fail late, or quietly do nothing."""
+    for key, (low, high) in _RANGES.items():
+        value = _get(config, key)
+        values = () if value is None else cast("tuple[float, ...]", value if isinstance(value, tuple) else (value,))
+        if not all(low <= v < high for v in values):
+            upper = "finite" if high == math.inf else f"below {high:g}"
+            raise ConfigError(f"{source}: {key} is {value}, must be at least {low:g} and {upper}")
+    for key, words in _WORDS.items():
+        if (word := _get(config, key)) not in words:
+            raise ConfigError(f"{source}: {key} is {word!r}; allowed: {', '.join(words)}{suggest(word, words)}")
+
+
+def _get(config: Any, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
 
 
 def _refuse_resolvers(config: Any, source: str) -> None:
@@ -267,3 +324,16 @@ def _unknown_key(error: ConfigKeyError, source: str) -> str:
     owner = error.object_type if dataclasses.is_dataclass(error.object_type) else RunConfig
     known = [f.name for f in dataclasses.fields(owner)]  # pyright: ignore[reportArgumentType]
     return f"{source}: unknown key {full!r}; keys here: {', '.join(known)}{suggest(full.rpartition('.')[2], known)}"
+
+
+@contextlib.contextmanager
+def user_errors() -> Generator[None]:
+    """Around a script: what the user can mend becomes one line on stderr and exit code 2 instead of a traceback.
+
+    Those are ValueErrors (ConfigError and DataError among them) and what the file system says (full disk, no rights).
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from None

@@ -5,7 +5,8 @@ import difflib
 import inspect
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from types import UnionType
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -107,7 +108,28 @@ def _resolve(kind: str, node: Mapping[str, Any], runtime: Mapping[str, Any]) -> 
         raise ConfigError(
             f"{kind} {name!r}: unknown keys {unknown}, missing keys {missing}; options: {', '.join(known)}{hint}"
         )
+    factory: Any = entry.factory
+    hints = get_type_hints(entry.options or (factory.__init__ if inspect.isclass(factory) else factory))
+    for key, value in params.items():
+        hint = hints.get(key, Any)
+        if not _fits(value, hint):
+            wanted = hint.__name__ if inspect.isclass(hint) else str(hint)
+            raise ConfigError(f"{kind} {name!r}: {key} is {value!r}, must be {wanted}")
     return entry, params
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a YAML value has the type of its annotation; annotations that YAML has no values for fit anything."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, h) for h in arguments)
+    if origin is tuple:
+        items = cast("tuple[Any, ...]", value) if isinstance(value, tuple) else None
+        each = arguments[:1] * len(items or ()) if arguments[1:] == (...,) else arguments
+        return items is not None and len(items) == len(each) and all(map(_fits, items, each))
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return hint is Any or not inspect.isclass(hint) or isinstance(value, hint)
 
 
 @contextmanager

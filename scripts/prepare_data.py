@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from ldm import config, registry
 from ldm.data.check import check
 from ldm.data.emoji import build_emoji
@@ -48,11 +50,8 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run; bad input is one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with config.user_errors():
         run(parse(argv))
-    except ValueError as error:  # DataError and ConfigError
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

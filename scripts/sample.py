@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run with command-line arguments. Exits with code 2 and one line on bad input."""
     parser = config.parser(__doc__ or "")
     parser.add_argument("--run", metavar="RUN", help="a training run's folder: its config and newest checkpoint")
-    args = parser.parse_args(argv)
-    try:
+    args = parser.parse_intermixed_args(argv)
+    with config.user_errors():
         if args.run and args.config:
             raise ConfigError("--run and --config exclude each other; give one, and key=value for the rest")
         path, overrides = args.config or DEFAULT, args.overrides
@@ -42,9 +42,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(run.dry_run(cfg))
         else:
             run.sample(cfg)
-    except ValueError as error:  # ConfigError and DataError are ValueErrors
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

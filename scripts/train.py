@@ -17,8 +17,8 @@ from ldm.registry import ConfigError
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with command-line arguments. Exits with code 2 and one line on bad input."""
     parser = config.parser(__doc__ or "")
-    args = parser.parse_args(argv)
-    try:
+    args = parser.parse_intermixed_args(argv)
+    with config.user_errors():
         if args.config is None:
             raise ConfigError("--config is missing; e.g. --config configs/train/tiny/ldm.yaml")
         cfg = config.load(args.config, args.overrides)
@@ -32,13 +32,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(estimate.dry_run(cfg))
         else:
             run.train(cfg)
-    except ConfigError as error:
-        sys.exit(_fail(error))
-
-
-def _fail(error: ConfigError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """The one error that data readers and writers raise."""
 
 
-class DataError(ValueError):
+from ldm.registry import ConfigError
+
+
+class DataError(ConfigError):
     """Files of a data set are missing, unreadable or inconsistent. The message is one line, ready to show."""

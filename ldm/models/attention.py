@@ -125,8 +125,9 @@ class SpatialTransformer(nn.Module):
         self.first_layer = 0  # index of blocks[0] in UNetSpec.cross_attn; set once by UNet
 
     def forward(self, x: Tensor, control: Control) -> Tensor:
-        """x: b dim h w -> b dim h w. `control.context` must be set; `control.attn` may be."""
-        assert control.context is not None
+        """x: b dim h w -> b dim h w. Reads control.attn and context. Raises: ValueError if there is no context."""
+        if control.context is None:
+            raise ValueError("Control.context is None; cross-attention needs tokens: give it text or image tokens")
         h, w = x.shape[-2:]
         y = self.norm(x)
         y = y if self.linear else self.proj_in(y)

@@ -162,7 +162,11 @@ class DecoderLevel(nn.Module):
 
 
 class _Half(nn.Module):
-    checkpointing = False  # recompute blocks in backward instead of keeping their activations
+    checkpointing = False
+
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Recompute block activations in backward instead of keeping them (less memory, about a third more time)."""
+        self.checkpointing = on
 
     def _run(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
@@ -281,7 +285,8 @@ class UNet(nn.Module):
 
     def checkpoint_activations(self, on: bool = True) -> None:
         """Recompute block activations in backward instead of keeping them (less memory, about a third more time)."""
-        self.encoder.checkpointing = self.decoder.checkpointing = on
+        self.encoder.checkpoint_activations(on)
+        self.decoder.checkpoint_activations(on)
 
     def _check(self, x_t: Tensor, control: Control) -> None:
         b, c, h, w = x_t.shape

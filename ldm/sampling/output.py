@@ -61,7 +61,7 @@ class Output:
             raise ConfigError(f"out.dir is {self.folder}, a file; name a folder")
         if not self.folder.is_dir() or not any(self.folder.iterdir()):
             return
-        lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else [""]
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else [""]
         if not lines[0].startswith(HEADER):
             raise ConfigError(f"out.dir {self.folder} holds files that sampling did not write; choose another out.dir")
         if lines[0] != HEADER + self._digest:
@@ -201,6 +201,8 @@ def _write(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise ConfigError(
             f"{path} cannot be written ({error.strerror}); free space or choose another out.dir"
         ) from error

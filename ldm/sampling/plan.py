@@ -127,7 +127,8 @@ def run_overrides(run: Path) -> list[str]:
             f"run {run} is of stage {name!r}, which draws nothing; allowed: runs of a UNet or of adapters"
         )
     paths = {f"{slot}.weights": path for slot, path in found.items()} | {"out.dir": run / "samples" / folder.name}
-    sides = [f"sample.{side}={config.data['size']}" for side in ("height", "width") if (config.data or {}).get("size")]
+    size = (config.data or {}).get("size")
+    sides = [f"sample.height={size}", f"sample.width={size}"] if size else []
     return [*sides, *(f"{key}={_yaml_text(path)}" for key, path in paths.items())]
 
 

@@ -52,22 +52,32 @@ def save(
         for stem, tensors in weights.items():
             contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
             save_file(contiguous, temporary / f"{stem}.safetensors", metadata=dict(metadata))
-        torch.save(dict(state), temporary / "training.pt")
+        with (temporary / "training.pt").open("wb") as file:  # a Python file, so that a full disk stays an OSError
+            torch.save(dict(state), file)
         (temporary / MARKER).write_text(json.dumps({"step": step}))
-        for file in temporary.iterdir():
-            _flush(file)
+        for path in temporary.iterdir():
+            _flush(path)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         _flush(target.parent)
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = "disk is full" if getattr(error, "errno", None) == errno.ENOSPC else str(error).splitlines()[0]
         raise ConfigError(
-            f"checkpoint {target} could not be written ({reason}); older ones are intact: free space and start again"
+            f"checkpoint {target} could not be written ({_reason(error)}); older ones are intact: make room and retry"
         ) from error
     for old in complete(run)[:-keep] if keep else []:
         shutil.rmtree(old)
     return target
+
+
+def _reason(error: BaseException) -> str:
+    """Why writing failed; safetensors and torch wrap the system's error in their own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "errno", None) == errno.ENOSPC or "No space left" in str(cause):
+            return "disk is full"
+        cause = cause.__context__
+    return str(error).splitlines()[0]
 
 
 def _flush(path: Path) -> None:
@@ -161,3 +171,35 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
 def _few(keys: set[str] | Any, n: int = 3) -> str:
     listed = sorted(keys)
     return ", ".join(listed[:n]) + (f", ... {len(listed) - n} more" if len(listed) > n else "")
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def share(run: Path, out: Path, *, stem: str | None = None, dtype: str = "fp16") -> int:
+    """Write the newest weights of a run as one safetensors file, with their config and step in the header.
+
+    Args:
+        run: run folder.
+        out: file to write; an existing one is replaced only when the new one is whole.
+        stem: which file of the checkpoint; None takes the only one.
+        dtype: fp32 | bf16 | fp16 for floating-point tensors.
+
+    Returns: bytes written.
+    Raises: ConfigError if there is no complete checkpoint or `stem` is needed, or values overflow the dtype.
+    """
+    folder = latest(run)
+    if folder is None:
+        raise ConfigError(f"{run} has no complete checkpoint; train it first")
+    stems = [p.stem for p in sorted(folder.glob("*.safetensors"))]
+    if (stem is None and len(stems) != 1) or (stem is not None and stem not in stems):
+        raise ConfigError(f"stem is {stem!r}; {folder} has {', '.join(stems)}: name one with --stem")
+    source = folder / f"{stem or stems[0]}.safetensors"
+    tensors = {k: v.to(DTYPES[dtype]) if v.is_floating_point() else v for k, v in read_weights(source).items()}
+    if bad := sorted(k for k, v in tensors.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())):
+        raise ConfigError(f"{source} as {dtype} is not finite in {_few(bad)}; use --dtype bf16 or fp32")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    save_file(tensors, temporary, metadata=read_metadata(source))
+    os.replace(temporary, out)
+    return out.stat().st_size

@@ -99,6 +99,7 @@ def _start(config: RunConfig, stage: Stage, run: Path, rank: Rank) -> State:
     """Optimizers and EMA for the trainable parameters; resume if the run folder has a complete checkpoint."""
     if config.train.precision not in PRECISIONS:
         raise ConfigError(f"train.precision is {config.train.precision!r}; allowed: {', '.join(PRECISIONS)}")
+    stream.split_batch(config.train, rank.world)  # refuse a batch that does not divide before anything is written
     folder = checkpoint.latest(run)
     if folder is None and config.train.init_from:
         checkpoint.load_weights(next(iter(stage.exports().values())), Path(config.train.init_from))

@@ -13,6 +13,7 @@ class AppleOptions:
     colour: str
     seeds: int = 5
     sizes: tuple[int, ...] = ()
+    skin: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.seeds < 0:
@@ -72,7 +73,9 @@ def test_taken_name_is_refused() -> None:
 
 
 def test_unregistered_name_is_refused_with_the_registered_ones_and_a_suggestion() -> None:
-    with pytest.raises(ConfigError, match=r"fruit.name is 'aple'; registered: apple, pear, plum; did you mean 'apple'\?"):
+    with pytest.raises(
+        ConfigError, match=r"fruit.name is 'aple'; registered: apple, pear, plum; did you mean 'apple'\?"
+    ):
         registry.build(KIND, {"name": "aple"})
 
 
@@ -84,7 +87,7 @@ def test_dotted_paths_are_only_unregistered_names(name: str) -> None:
 
 @pytest.mark.parametrize("node", [{}, {"name": None}, {"name": ["apple"]}, {"name": {"apple": 1}}, {"name": 3}])
 def test_missing_or_odd_name_is_a_config_error(node: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="fruit.name is"):
+    with pytest.raises(ConfigError, match=r"fruit.name is"):
         registry.build(KIND, node)
 
 
@@ -113,9 +116,29 @@ def test_value_that_the_factory_refuses_is_a_config_error_that_names_the_node() 
         registry.build(KIND, {"name": "pear", "weight": -1})
 
 
-def test_value_of_another_type_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="fruit 'plum': "):
-        registry.build(KIND, {"name": "plum", "weight": "heavy"})
+@pytest.mark.parametrize(
+    ("node", "said"),
+    [
+        ({"name": "plum", "weight": "heavy"}, "fruit 'plum': weight is 'heavy', must be float"),
+        ({"name": "plum", "weight": True}, "fruit 'plum': weight is True, must be float"),
+        ({"name": "apple", "colour": 3}, "fruit 'apple': colour is 3, must be str"),
+        ({"name": "apple", "colour": "red", "seeds": 1.5}, "fruit 'apple': seeds is 1.5, must be int"),
+        ({"name": "apple", "colour": "red", "sizes": 3}, r"sizes is 3, must be tuple\[int, ...\]"),
+        ({"name": "apple", "colour": "red", "sizes": [3, "x"]}, r"sizes is \(3, 'x'\), must be tuple\[int, ...\]"),
+        ({"name": "apple", "colour": "red", "skin": "waxy"}, r"skin is 'waxy', must be tuple\[float, float\] \| None"),
+        ({"name": "apple", "colour": "red", "skin": [1]}, r"skin is \(1,\), must be tuple\[float, float\] \| None"),
+    ],
+)
+def test_value_of_another_type_is_refused(node: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        registry.build(KIND, node, **({"tree": "old"} if node["name"] == "apple" else {}))
+
+
+def test_whole_numbers_and_null_fit_where_they_should() -> None:
+    options = registry.options(KIND, {"name": "apple", "colour": "red", "skin": [1, 0.5]})
+    assert options.skin == (1, 0.5)
+    assert registry.options(KIND, {"name": "apple", "colour": "red", "skin": None}).skin is None
+    assert registry.build(KIND, {"name": "plum", "weight": 1}) == 1.5
 
 
 def test_options_own_message_is_kept() -> None:

@@ -191,10 +191,17 @@ def test_hint_of_another_size_is_refused(case: Case) -> None:
     x_t, t, base = latents()
     hint = hint_for(case, x_t)[..., : -2 * case.factor]
     h, w = (case.factor * side for side in x_t.shape[-2:])
-    with pytest.raises(
-        ValueError, match=rf"hint is about {h}x{w - 2 * case.factor} \(h w\), the image {h}x{w}; resize"
-    ):
+    with pytest.raises(ValueError, match=rf"hint is {h}x{w - 2 * case.factor} \(h w\), the image {h}x{w}; resize"):
         adapter.control(x_t, t, base, adapter.prepare(hint))
+
+
+@every_adapter
+def test_hint_that_is_a_few_pixels_short_is_refused(case: Case) -> None:
+    x_t, _, _ = latents()
+    hint = hint_for(case, x_t)[:, :, 1:]
+    h, w = hint.shape[-2:]
+    with pytest.raises(ValueError, match=rf"hint is {h}x{w} \(h w\), must be a multiple of {case.factor}; resize"):
+        make(case, trained_unet()).prepare(hint)
 
 
 @every_adapter

@@ -155,7 +155,7 @@ def test_hint_lying_on_its_side_is_an_error_when_read(folder_set, picture):
         ({"hints": {"x": "edge"}}, "names column 'edge'.*did you mean 'edges'"),
         ({"hints": ["edges"]}, "data.hints and data.where must be mappings"),
         ({"size": 4}, "data.size is 4; must be a whole number of at least 8"),
-        ({"size": "64"}, "data.size is '64'"),
+        ({"size": "64"}, "size is '64', must be int"),
         ({"crop": "centre"}, "data.crop is 'centre'; allowed: center, random, none; did you mean 'center'"),
         ({"max_bad": 2}, r"data.max_bad is 2; must be a share in \[0, 1\]"),
         ({"root": "/nowhere"}, "data root /nowhere is not a folder"),

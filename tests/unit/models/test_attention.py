@@ -104,3 +104,9 @@ def test_each_block_reads_its_own_extra_keys() -> None:
 
     plain = net(x, Control(context=context))
     assert [torch.equal(output(i), plain) for i in range(4)] == [True, False, False, True]
+
+
+def test_spatial_transformer_without_context_is_refused() -> None:
+    net = SpatialTransformer(8, 2, 5, depth=1, linear=True, groups=4)
+    with pytest.raises(ValueError, match=r"Control\.context is None"):
+        net(torch.randn(2, 8, 2, 3), Control())

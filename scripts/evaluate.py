@@ -1,0 +1,35 @@
+"""Held-out figures of trained weights, written to out.dir/eval.json.
+
+python scripts/evaluate.py --config configs/train/emoji/controlnet.yaml adapters.lineart.weights=runs/emoji/controlnet
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm import config
+from ldm.registry import ConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with command-line arguments. Exits with code 2 and one line on bad input."""
+    args = config.parser(__doc__ or "").parse_args(argv)
+    with config.user_errors():
+        if args.config is None:
+            raise ConfigError("--config is missing; e.g. --config configs/train/emoji/vae.yaml")
+        cfg = config.load(args.config, args.overrides)
+        if args.print_config:
+            print(config.dump(cfg), end="")
+            return
+        import adapters  # noqa: F401  registers them; slow to import, not needed for --help
+        import ldm.training.run  # noqa: F401  registers the stages
+        from ldm.evaluation import run
+
+        print(json.dumps(run.evaluate(cfg), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+import torch
+
+from ldm.training.draws import Draws, generator
+
+
+def test_row_i_depends_on_seed_purpose_and_position_alone() -> None:
+    together = Draws(3, [10, 11, 12, 13]).normal("noise", 4, 2)
+    assert together.shape == (4, 4, 2) and together.dtype == torch.float32
+    for split in ([[10], [11], [12], [13]], [[10, 11], [12, 13]], [[12, 13], [10, 11]]):
+        for positions in split:
+            rows = together[[p - 10 for p in positions]]
+            assert torch.equal(Draws(3, positions).normal("noise", 4, 2), rows)
+
+
+def test_seed_purpose_and_position_all_matter() -> None:
+    base = generator(0, "noise", 5).initial_seed()
+    others = [(1, "noise", 5), (0, "t", 5), (0, "noise", 6), (0, "noise5", 0), (0, "noise/5", 5)]
+    assert base not in {generator(*other).initial_seed() for other in others}
+    assert generator(0, "noise", 5).initial_seed() == base
+
+
+def test_global_random_state_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    Draws(0, [1, 2]).normal("noise", 3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_draws_follow_their_distributions() -> None:
+    draws = Draws(0, range(2000))
+    normal, uniform, integers = draws.normal("a", 8), draws.uniform("b"), draws.integers("c", 10)
+    assert abs(normal.mean()) < 0.03 and abs(normal.std() - 1) < 0.03
+    assert uniform.shape == (2000,) and 0 <= uniform.min() < 0.01 and 0.99 < uniform.max() < 1
+    assert abs(uniform.mean() - 0.5) < 0.02
+    assert integers.dtype == torch.int64 and integers.unique().tolist() == list(range(10))
+    assert (integers.bincount() - 200).abs().max() < 60
+
+
+def test_neighbouring_positions_are_uncorrelated() -> None:
+    rows = Draws(0, range(512)).normal("noise", 64)
+    neighbours = (rows[1:] * rows[:-1]).mean()
+    assert abs(neighbours) < 4 / (511 * 64) ** 0.5
