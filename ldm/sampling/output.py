@@ -6,6 +6,7 @@ of the hints. The same settings write the same files again; a folder of other se
 origin, is refused before anything is written.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
