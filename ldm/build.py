@@ -111,7 +111,6 @@ def denoiser(config: RunConfig) -> Denoiser:
     Raises: ConfigError as `component`.
     """
     unet: UNet = component("unet", config.model.unet)
-    unet.checkpoint_activations(config.train.checkpoint_activations)  # before adapters copy its encoder
     built: dict[str, Adapter[Any]] = {}
     for name, node in config.adapters.items():
         use, options = split_use(name, node)

@@ -198,8 +198,12 @@ def share(run: Path, out: Path, *, stem: str | None = None, dtype: str = "fp16")
     tensors = {k: v.to(DTYPES[dtype]) if v.is_floating_point() else v for k, v in read_weights(source).items()}
     if bad := sorted(k for k, v in tensors.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())):
         raise ConfigError(f"{source} as {dtype} is not finite in {_few(bad)}; use --dtype bf16 or fp32")
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
-    save_file(tensors, temporary, metadata=read_metadata(source))
-    os.replace(temporary, out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata=read_metadata(source))
+        os.replace(temporary, out)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(f"{out} could not be written ({_reason(error)}); make room and retry") from error
     return out.stat().st_size

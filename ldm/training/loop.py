@@ -236,7 +236,7 @@ def _save(config: RunConfig, stage: Stage, state: State, run: Path, rank: Rank) 
             "step": state.step,
             "skipped": state.skipped,
             "parameters": {player: [p.detach() for p in ps] for player, ps in state.parameters.items()},
-            "buffers": {n: b for m in stage.players.values() for n, b in m.named_buffers()},
+            "buffers": {f"{player}.{n}": b for player, m in stage.players.items() for n, b in m.named_buffers()},
             "optimizers": {player: o.state_dict() for player, o in state.optimizers.items()},
             "ema": state.ema.state_dict() if state.ema else None,
             "scaler": state.scaler.state_dict(),
@@ -261,7 +261,7 @@ def _resume(state: State, stage: Stage, folder: Path) -> None:
             for p, value in zip(parameters, saved["parameters"][player], strict=True):
                 p.copy_(value)
         state.optimizers[player].load_state_dict(saved["optimizers"][player])
-    buffers = {n: b for m in stage.players.values() for n, b in m.named_buffers()}
+    buffers = {f"{player}.{n}": b for player, m in stage.players.items() for n, b in m.named_buffers()}
     for name, value in saved["buffers"].items():
         buffers[name].copy_(value)
     if state.ema is not None and saved["ema"] is not None:
