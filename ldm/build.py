@@ -30,9 +30,20 @@ def component(kind: str, node: Node | None, **runtime: Any) -> Any:
         raise ConfigError(f"model.{kind} is not set; this run needs it: include one of configs/model/*.yaml")
     options = {k: v for k, v in node.items() if k not in ("weights", "weights_prefix")}
     module: nn.Module = registry.build(kind, options, **runtime)
-    if node.get("weights") and not any(p.is_meta for p in module.parameters()):
-        checkpoint.load_weights(module, Path(node["weights"]), node.get("weights_prefix", ""), (kind, "model"))
+    file, prefix = weights_file(node, f"model.{kind}"), node.get("weights_prefix", "")
+    if not isinstance(prefix, str):
+        raise ConfigError(f"model.{kind}.weights_prefix is {prefix!r}, must be text, e.g. 'text.'")
+    if file and not any(p.is_meta for p in module.parameters()):
+        checkpoint.load_weights(module, file, prefix, (kind, "model"))
     return module
+
+
+def weights_file(node: Node, slot: str) -> Path | None:
+    """Where a node's `weights:` are, None if it has none. Raises: ConfigError if the key holds no path."""
+    value = node.get("weights")
+    if not isinstance(value, str | Path | None):
+        raise ConfigError(f"{slot}.weights is {value!r}, must be the path of a safetensors file or a run folder")
+    return Path(value) if value else None
 
 
 def frozen(module: nn.Module) -> nn.Module:
@@ -80,24 +91,26 @@ def stage(config: RunConfig) -> Stage:
 
 def schedule(config: RunConfig) -> Schedule:
     """The noise schedule. Raises: ConfigError on an unknown key or value."""
-    node = config.model.schedule
-    known = [f.name for f in dataclasses.fields(ScheduleConfig)]
-    if unknown := sorted(node.keys() - set(known)):
-        hint = registry.suggest(unknown[0], known)
-        raise ConfigError(f"model.schedule has {unknown}; options: {', '.join(known)}{hint}")
-    result = Schedule(ScheduleConfig(**node))
+    result = Schedule(registry.checked(ScheduleConfig, config.model.schedule, "model.schedule"))
     result.check_objective(config.model.objective)
     return result
 
 
 def split_use(name: str, node: Node) -> tuple[AdapterUse, Node]:
-    """An adapter's YAML node -> how it is used, and what it is built from."""
+    """An adapter's YAML node -> how it is used, and what it is built from.
+
+    Raises: ConfigError on a name that no module can have, a node that is no mapping, or a wrong value.
+    """
+    if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
+        raise ConfigError(
+            f"adapters has the name {name!r}, must be letters, digits and _, and no word of PyTorch's modules (keys, "
+            "values, train, ...); choose another, e.g. canny"
+        )
+    if not isinstance(node, dict):  # pyright: ignore[reportUnnecessaryIsInstance]  (YAML may hold anything here)
+        raise ConfigError(f"adapters.{name} is {node!r}, must be a mapping of keys, e.g. {{name: controlnet}}")
     fields = {f.name for f in dataclasses.fields(AdapterUse)}
-    use: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in node.items() if k in fields}
-    try:
-        return AdapterUse(**use), {k: v for k, v in node.items() if k not in fields}
-    except (ConfigError, TypeError) as error:
-        raise ConfigError(f"adapters.{name}: {error}") from error
+    use = registry.checked(AdapterUse, {k: v for k, v in node.items() if k in fields}, f"adapters.{name}")
+    return use, {k: v for k, v in node.items() if k not in fields}
 
 
 def uses(config: RunConfig) -> dict[str, AdapterUse]:

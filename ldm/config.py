@@ -211,12 +211,13 @@ def dump(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """The flags every script shares: --config, key=value, --dry-run, --print-config."""
-    result = argparse.ArgumentParser(description=description)
+def parser(description: str, *, dry_run: bool = True) -> argparse.ArgumentParser:
+    """The flags every script shares: --config, key=value, --print-config and, where it makes sense, --dry-run."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--config", metavar="FILE", help="YAML file under configs/")
     result.add_argument("overrides", nargs="*", metavar="key=value", help="override any key, e.g. train.steps=100")
-    result.add_argument("--dry-run", action="store_true", help="build everything without memory, print counts, stop")
+    if dry_run:
+        result.add_argument("--dry-run", action="store_true", help="build everything without memory, print counts, stop")
     result.add_argument("--print-config", action="store_true", help="print the resolved config, stop")
     return result
 
@@ -300,6 +301,8 @@ def _check_values(config: RunConfig, source: str) -> None:
         if not all(low <= v < high for v in values):
             upper = "finite" if high == math.inf else f"below {high:g}"
             raise ConfigError(f"{source}: {key} is {value}, must be at least {low:g} and {upper}")
+    if config.train.clip == 0:
+        raise ConfigError(f"{source}: train.clip is 0, which stops all training; must be positive, or null for none")
     for key, words in _WORDS.items():
         if (word := _get(config, key)) not in words:
             raise ConfigError(f"{source}: {key} is {word!r}; allowed: {', '.join(words)}{suggest(word, words)}")

@@ -150,6 +150,14 @@ class Adapter(nn.Module, ABC, Generic[P]):
     def prepare(self, hint: Tensor) -> P:
         """Once per image: all that does not depend on x_t or t. `hint`: b ..., range as the adapter documents."""
 
+    def null(self, hint: Tensor) -> Tensor | None:
+        """The hint of the unconditional branch, like `hint`; None means both branches hear the same hint (ControlNet).
+
+        Training with `drop_hint` puts it (zeros for None) in place of dropped hints.
+        """
+        del hint
+        return None
+
     @abstractmethod
     def control(self, x_t: Tensor, t: Tensor, base: Control, prepared: P) -> Control:
         """Once per step. `base` carries context and vector only: adapters never see each other."""

@@ -28,11 +28,11 @@ class AdapterUse:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
-            raise ConfigError(f"scale is {self.scale}; must be a finite number, 0 switches the adapter off")
+            raise ValueError(f"scale is {self.scale}; must be a finite number, 0 switches the adapter off")
         if not 0.0 <= self.start <= self.end <= 1.0:
-            raise ConfigError(f"start is {self.start} and end {self.end}; must satisfy 0 <= start <= end <= 1")
+            raise ValueError(f"start is {self.start} and end {self.end}; must satisfy 0 <= start <= end <= 1")
         if self.guess and self.skip_scales is not None:
-            raise ConfigError("guess sets the skip scales itself; drop skip_scales or guess")
+            raise ValueError("guess sets the skip scales itself; drop skip_scales or guess")
 
     def active(self, step: int, steps: int) -> bool:
         """Whether step `step` of `steps` (0-based) lies within start..end."""

@@ -107,8 +107,12 @@ class _Pair:
         self._uses = {name: uses.get(name, AdapterUse()) for name in hints}
         needed = {n: h.to(self.device, self.dtype) for n, h in hints.items() if self._uses[n].scale != 0}
         self._single = self._denoiser.prepare(needed)
-        if self._stacked is not None:
-            self._doubled = {n: _double(p) for n, p in self._single.items() if not self._uses[n].guess}
+        if self._stacked is None:
+            return
+        shared = {n: h for n, h in needed.items() if not self._uses[n].guess}
+        nulls = {n: self._denoiser.adapter(n).null(h) for n, h in shared.items()}
+        silent = self._denoiser.prepare({n: null for n, null in nulls.items() if null is not None})
+        self._doubled = {n: _pair(silent.get(n, self._single[n]), self._single[n]) for n in shared}
 
     def step(self, t: float) -> int:
         """Index of the sampling step that asks at time t; times between two levels belong to the earlier step."""
@@ -136,9 +140,9 @@ class _Pair:
         return self._denoiser.control(x, times, base, {name: prepared[name] for name in names}, self._uses)
 
 
-def _double(prepared: Any) -> Any:
-    """Every tensor (b ...) of what an adapter prepared, repeated for the two branches."""
-    return pytree.tree_map_only(Tensor, lambda x: torch.cat([x, x]), prepared)
+def _pair(uncond: Any, cond: Any) -> Any:
+    """What an adapter prepared for the two branches, every tensor (b ...) stacked, (uncond, cond)."""
+    return pytree.tree_map(lambda u, c: torch.cat([u, c]) if isinstance(c, Tensor) else c, uncond, cond)
 
 
 def _context(text: TextEncoder | None, prompts: Sequence[str]) -> Tensor | None:

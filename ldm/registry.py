@@ -9,6 +9,7 @@ from types import UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -72,7 +73,7 @@ def build(kind: str, node: Mapping[str, Any], **runtime: Any) -> Any:
     Raises: ConfigError on an unregistered name, an unknown or missing key, or a value the factory refuses.
     """
     entry, params = _resolve(kind, node, runtime)
-    with _user_error(kind, node):
+    with _user_error(_where(kind, node)):
         if entry.options is None:
             return entry.factory(**params, **runtime)
         return entry.factory(entry.options(**params), **runtime)
@@ -88,8 +89,27 @@ def options(kind: str, node: Mapping[str, Any]) -> Any:
     entry, params = _resolve(kind, node, {})
     if entry.options is None:
         raise ValueError(f"{kind} {node['name']!r} has no options dataclass; register it with options=")
-    with _user_error(kind, node):
+    with _user_error(_where(kind, node)):
         return entry.options(**params)
+
+
+def checked(options: type[T], node: Mapping[str, Any], where: str) -> T:
+    """Make an options dataclass from YAML keys that stand at a place of their own, without a registered name.
+
+    Args:
+        options: the dataclass; its fields are the keys.
+        node: the keys; lists become tuples.
+        where: the place, for messages, e.g. "model.schedule".
+
+    Raises: ConfigError as `build`.
+    """
+    params = _params(options, node, where, {})
+    with _user_error(where):
+        return options(**params)
+
+
+def _where(kind: str, node: Mapping[str, Any]) -> str:
+    return f"{kind} {node['name']!r}"
 
 
 def _resolve(kind: str, node: Mapping[str, Any], runtime: Mapping[str, Any]) -> tuple[_Entry, dict[str, Any]]:
@@ -98,24 +118,30 @@ def _resolve(kind: str, node: Mapping[str, Any], runtime: Mapping[str, Any]) -> 
     entry = _KNOWN.get((kind, name))
     if entry is None:
         raise ConfigError(f"{kind}.name is {name!r}; registered: {', '.join(names(kind))}{suggest(name, names(kind))}")
-    params = {str(k): _freeze(v) for k, v in node.items() if k != "name"}
-    signature = inspect.signature(entry.options or entry.factory).parameters
+    keys = {k: v for k, v in node.items() if k != "name"}
+    return entry, _params(entry.options or entry.factory, keys, _where(kind, node), runtime)
+
+
+def _params(
+    target: Callable[..., Any], keys: Mapping[str, Any], where: str, runtime: Mapping[str, Any]
+) -> dict[str, Any]:
+    """YAML keys as arguments of `target`: every one known, none missing, all of the annotated type."""
+    params = {str(k): _freeze(v) for k, v in keys.items()}
+    signature = inspect.signature(target).parameters
     known = {n: p for n, p in signature.items() if n not in runtime}
     unknown = sorted(params.keys() - known.keys())
     missing = sorted(n for n, p in known.items() if p.default is p.empty and n not in params)
     if unknown or missing:
         hint = suggest(unknown[0], known) if unknown else ""
-        raise ConfigError(
-            f"{kind} {name!r}: unknown keys {unknown}, missing keys {missing}; options: {', '.join(known)}{hint}"
-        )
-    factory: Any = entry.factory
-    hints = get_type_hints(entry.options or (factory.__init__ if inspect.isclass(factory) else factory))
+        raise ConfigError(f"{where}: unknown keys {unknown}, missing keys {missing}; options: {', '.join(known)}{hint}")
+    plain_class = inspect.isclass(target) and not dataclasses.is_dataclass(target)
+    hints = get_type_hints(cast("Any", target).__init__ if plain_class else target)
     for key, value in params.items():
         hint = hints.get(key, Any)
         if not _fits(value, hint):
             wanted = hint.__name__ if inspect.isclass(hint) else str(hint)
-            raise ConfigError(f"{kind} {name!r}: {key} is {value!r}, must be {wanted}")
-    return entry, params
+            raise ConfigError(f"{where}: {key} is {value!r}, must be {wanted}")
+    return params
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -133,14 +159,14 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 @contextmanager
-def _user_error(kind: str, node: Mapping[str, Any]) -> Generator[None, None, None]:
+def _user_error(where: str) -> Generator[None, None, None]:
     """A value that a factory refuses is the user's: say which node it is in."""
     try:
         yield
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{kind} {node['name']!r}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _freeze(value: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Held-out figures of trained weights, written to out.dir/eval.json.
+"""Held-out figures of trained weights, written to RUN/eval/.
 
-python scripts/evaluate.py --config configs/train/emoji/controlnet.yaml adapters.lineart.weights=runs/emoji/controlnet
+python scripts/evaluate.py --config configs/train/emoji/controlnet.yaml     the newest checkpoint of its run folder
 """
 
 import json
@@ -16,7 +16,7 @@ from ldm.registry import ConfigError
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with command-line arguments. Exits with code 2 and one line on bad input."""
-    args = config.parser(__doc__ or "").parse_args(argv)
+    args = config.parser(__doc__ or "", dry_run=False).parse_intermixed_args(argv)
     with config.user_errors():
         if args.config is None:
             raise ConfigError("--config is missing; e.g. --config configs/train/emoji/vae.yaml")

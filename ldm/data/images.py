@@ -66,6 +66,16 @@ class Batch:
             reference=None if self.reference is None else self.reference.to(device, non_blocking=True),
         )
 
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, from where `to` copies in the background; DataLoader calls this."""
+        return Batch(
+            keys=self.keys,
+            image=self.image.pin_memory(),
+            text=self.text,
+            hints={name: hint.pin_memory() for name, hint in self.hints.items()},
+            reference=None if self.reference is None else self.reference.pin_memory(),
+        )
+
 
 class ImageData(Dataset[Sample], ABC):
     """A map-style set of samples. `data[i]` is never augmented; `load` augments with the generator it is given."""

@@ -139,7 +139,8 @@ def _under(file: str, folders: tuple[str, ...]) -> bool:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, text in enumerate(_read_text(path).splitlines(), start=1):
+    # Not splitlines(): it also cuts at U+2028, U+0085 and others, which JSON allows inside a caption.
+    for number, text in enumerate(_read_text(path).split("\n"), start=1):
         if not text.strip():
             continue
         try:

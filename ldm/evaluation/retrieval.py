@@ -13,5 +13,5 @@ def recall_at(queries: Tensor, keys: Tensor, k: int) -> float:
     """
     similarity = queries.float() @ keys.float().T
     own = similarity.diagonal()[:, None]
-    rank = (similarity > own).sum(dim=1)  # keys nearer than the right one
+    rank = (~(similarity < own)).sum(dim=1) - 1  # keys not farther than the right one: ties and NaN count against it
     return (rank < k).float().mean().item()

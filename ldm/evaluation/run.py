@@ -7,62 +7,83 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm import build, generate, grid, registry
 from ldm import config as config_module
 from ldm.config import RunConfig
 from ldm.data.images import Batch, ImageData, collate
+from ldm.data.subset import spread
 from ldm.evaluation.edges import edge_map
 from ldm.evaluation.fidelity import edge_f1
 from ldm.guidance import GuidanceConfig
-from ldm.training import distributed
+from ldm.registry import ConfigError
+from ldm.training import checkpoint, distributed
 from ldm.training.diffusion import DiffusionStage
 from ldm.training.loop import PRECISIONS
+from ldm.training.stage import Stage
 
 PICTURES = 8
 
 
 def evaluate(config: RunConfig) -> dict[str, float]:
-    """Figures on `validation.data` (at most `validation.items`), written with a grid to `out.dir`.
+    """Figures on `validation.data` (at most `validation.items`), written with a grid to `<run.dir>/eval/`.
 
-    Protocol: the stage's own held-out figures; and, where there are adapters, edge F1 (1 pixel tolerance) between the
-    edges of the samples and the edges of the hint, for samples with and without the adapter on the same seeds, for the
-    ground truth (a ceiling), and for ground truth paired with another item's hint (chance).
+    What is measured: the `weights:` of the trained part where the config names them, else the newest complete
+    checkpoint of `run.dir`. Protocol: the stage's own held-out figures; and, where there are adapters, edge F1 (1 pixel
+    tolerance) between the edges of the samples and the edges of the first adapter's hint, for samples with and without
+    the adapters on the same seeds, drawn as `sample.sampler` and `sample.guidance` say, for the ground truth (a ceiling),
+    and for ground truth paired with another item's hint (chance).
 
-    Raises: ConfigError if the config has no stage or no held-out data.
+    Raises: ConfigError if the config has no stage, no held-out data or no weights.
     """
     with distributed.session(config.device, config.train.threads) as rank:
-        stage = build.stage(config).to(rank.device)
+        if rank.world > 1:
+            raise ConfigError(f"evaluation runs on one rank, torchrun started {rank.world}; use plain python")
+        stage = build.stage(config)
+        _load_trained(stage, config)
+        build.frozen(stage).to(rank.device)
         stage.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
-        build.frozen(stage)
         data = build.data(config.validation.data, "validation.data")
         autocast = PRECISIONS[config.train.precision]
         with torch.autocast(rank.device.type, dtype=autocast, enabled=True) if autocast else nullcontext():
             report = stage.validate(batches(data, config, rank.device), PICTURES, config.seed)
-            figures, columns = dict(report.figures), dict(report.columns)
+            figures = dict(report.figures)
             if isinstance(stage, DiffusionStage) and stage.uses:
                 figures |= obedience(stage, data, config, rank.device)
-    out = Path(config.out.dir)
+    out = Path(config.run.dir) / "eval"
     out.mkdir(parents=True, exist_ok=True)
     record = {"figures": figures, "config": config_module.dump(config), "torch": torch.__version__}
     (out / "eval.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    if columns:
-        grid.save(columns, out / "grid.png")
+    if report.columns:
+        grid.save(dict(report.columns), out / "grid.png")
     return figures
 
 
+def _load_trained(stage: Stage, config: RunConfig) -> None:
+    """Load the run's newest weights into what the stage trains, unless the config already named weights for it."""
+    slots = {"vae": config.model.vae, "clip": config.model.clip, "model": config.model.unet} | config.adapters
+    trained = config.adapters or [name for name, module in stage.named_children() if module is stage.trained]
+    nodes = [slots["model" if name == "denoiser" else name] for name in trained]
+    if all((node or {}).get("weights") for node in nodes):
+        return
+    folder = checkpoint.latest(Path(config.run.dir))
+    if folder is None:
+        raise ConfigError(f"nothing to evaluate: no weights: for {', '.join(trained)}, no checkpoint in {config.run.dir}")
+    for stem, module in stage.exports().items():
+        checkpoint.load_weights(module, folder / f"{stem}.safetensors")
+
+
 def batches(data: ImageData, config: RunConfig, device: torch.device) -> Iterator[Batch]:
-    """The first `validation.items` held-out samples in batches of `sample.batch`."""
-    subset = Subset(data, range(min(config.validation.items, len(data))))
-    for batch in DataLoader(subset, batch_size=config.sample.batch, collate_fn=collate):
+    """`validation.items` held-out samples, always the same, in batches of `sample.batch`."""
+    for batch in DataLoader(spread(data, config.validation.items), batch_size=config.sample.batch, collate_fn=collate):
         yield batch.to(device)
 
 
 def obedience(stage: DiffusionStage, data: ImageData, config: RunConfig, device: torch.device) -> dict[str, float]:
     """Mean edge F1 against the (first) adapter's hint, seeds `config.seed + i` for item i."""
-    name, use = next(iter(stage.uses.items()))
+    name = next(iter(stage.uses))
     models = generate.Models(stage.denoiser, stage.vae, stage.text, stage.schedule, stage.objective)
     sampler = registry.build("sampler", config.sample.sampler, schedule=stage.schedule)
     g = config.sample.guidance
@@ -70,7 +91,7 @@ def obedience(stage: DiffusionStage, data: ImageData, config: RunConfig, device:
     scores: dict[str, list[Tensor]] = {"adapter": [], "base": [], "ground_truth": [], "chance": []}
     seen = 0
     for batch in tqdm(batches(data, config, device), desc="obedience"):
-        hints = {n: batch.hints[u.hint or n] for n, u in stage.uses.items()}
+        hints = stage.hints(batch)
         seeds = [config.seed + seen + i for i in range(len(batch.keys))]
         size = (batch.image.shape[-2], batch.image.shape[-1])
         drawn = {
@@ -79,7 +100,7 @@ def obedience(stage: DiffusionStage, data: ImageData, config: RunConfig, device:
             )
             for label, h in (("adapter", hints), ("base", {}))
         }
-        wanted = edge_map(batch.hints[use.hint or name])
+        wanted = edge_map(hints[name])
         truth = edge_map(batch.image.float() * 0.5 + 0.5)
         for label, images in drawn.items():
             scores[label].append(edge_f1(edge_map(images), wanted))

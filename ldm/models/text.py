@@ -139,6 +139,7 @@ class TextEncoder(nn.Module):
         activation = QuickGELU if config.activation == "quick_gelu" else nn.GELU
         self.transformer = Transformer(config.width, config.layers, config.heads, act_layer=activation)
         self.ln_final = nn.LayerNorm(config.width)
+        self._seen, self._warned = 0, False  # prompts encoded; whether it was said that some were cut
         self._init()
 
     def _init(self) -> None:
@@ -187,18 +188,26 @@ class TextEncoder(nn.Module):
         return self.ln_final(h) if self.config.final_norm else h
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Prompts -> tokens for cross-attention, b n d; prompts that are too long are cut, with one warning."""
+        """Prompts -> tokens for cross-attention, b n d; cut as by `ids`."""
+        return self(self.ids(texts))
+
+    def ids(self, texts: Sequence[str]) -> Tensor:
+        """Prompts -> token ids b n int64, on the tower's device.
+
+        Prompts that are too long are cut; the first time that happens there is a warning, and none after it.
+        """
         tokens = self.tokenizer(texts)
-        if tokens.truncated:
-            first, limit = texts[tokens.truncated[0]], self.config.context_length
+        self._seen += len(texts)
+        if tokens.truncated and not self._warned:
+            self._warned = True
             logger.warning(
-                "%d of %d prompts are longer than %d tokens and were cut, e.g. %.60r",
+                "%d of the %d prompts so far are longer than %d tokens and were cut, e.g. %.60r; this is said once",
                 len(tokens.truncated),
-                len(texts),
-                limit,
-                first,
+                self._seen,
+                self.config.context_length,
+                texts[tokens.truncated[0]],
             )
-        return self(tokens.ids.to(self.token_embedding.weight.device))
+        return tokens.ids.to(self.token_embedding.weight.device)
 
     def pooled(self, tokens: Tensor, ids: Tensor) -> Tensor:
         """Features of each prompt at its first end mark.

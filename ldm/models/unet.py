@@ -39,6 +39,7 @@ class UNetConfig:
     groups: int = 32
 
     def __post_init__(self) -> None:
+        self._check_counts()
         levels = len(self.channels)
         if len(self.depth) != levels:
             raise ValueError(f"depth has {len(self.depth)} entries, channels {levels}; give one depth per level")
@@ -51,6 +52,16 @@ class UNetConfig:
         if bad := [c for c in self.channels if c % self.groups]:
             raise ValueError(f"channels {bad} are not multiples of groups={self.groups}; change channels or groups")
 
+    def _check_counts(self) -> None:
+        """Raise ValueError on an empty `channels`, or a number that no layer can have."""
+        for name in ("in_channels", "out_channels", "channels", "blocks", "context_dim", "vector_dim", "groups"):
+            value = getattr(self, name)
+            if value == () or any(v < 1 for v in _numbers(value)):
+                raise ValueError(f"{name} is {value}, must be at least 1 everywhere; give positive numbers")
+        for name in ("depth", "mid_depth"):
+            if any(v < 0 for v in _numbers(getattr(self, name))):
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 0; 0 is no attention")
+
     def heads(self, dim: int) -> int:
         """Number of attention heads at width `dim`."""
         if self.head_dim is None:
@@ -62,6 +73,10 @@ class UNetConfig:
     def blocks_at(self, level: int) -> int:
         """Residual blocks of one encoder level."""
         return self.blocks if isinstance(self.blocks, int) else self.blocks[level]
+
+
+def _numbers(value: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else () if value is None else (value,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,6 +81,7 @@ def plan(config: RunConfig) -> Plan:
         raise ConfigError(f"sample.precision is {s.precision!r}; allowed: {', '.join(PRECISIONS)}")
     if s.tile is not None and s.tile < 4:
         raise ConfigError(f"sample.tile is {s.tile} latent pixels, must be at least 4, or null for the whole image")
+    build.uses(config)  # refuse a node that is no adapter before looking for its weights
     config, weights = _pin_weights(config)
     prompts = _resolved(config, read_prompts(s.prompts))
     guidance = GuidanceConfig(**dataclasses.asdict(s.guidance))
@@ -145,9 +146,10 @@ def _pin_weights(config: RunConfig) -> tuple[RunConfig, dict[str, Path]]:
     def pinned(slot: str, node: Node | None, stems: Sequence[str]) -> Node | None:
         if node is None:
             return None
-        if not node.get("weights"):
+        file = build.weights_file(node, slot)
+        if file is None:
             raise ConfigError(f"{slot}.weights is not set: random weights draw noise; name a safetensors file or a run")
-        weights[slot] = checkpoint.find_weights(Path(node["weights"]), stems)
+        weights[slot] = checkpoint.find_weights(file, stems)
         return {**node, "weights": str(weights[slot])}
 
     nodes: dict[str, Any] = {

@@ -37,6 +37,11 @@ class Latents:
         hints = {name: h.to(**move) for name, h in self.hints.items()}
         return Latents(self.keys, self.mean.to(**move), self.std.to(**move), self.context.to(**move), hints)
 
+    def pin_memory(self) -> "Latents":
+        """The same batch in page-locked memory, from where `to` copies in the background; DataLoader calls this."""
+        hints = {name: h.pin_memory() for name, h in self.hints.items()}
+        return Latents(self.keys, self.mean.pin_memory(), self.std.pin_memory(), self.context.pin_memory(), hints)
+
 
 class LatentData(Dataset[Any]):
     """An encoded data set. Augmentation is frozen at the unaugmented view; each caption is encoded once."""

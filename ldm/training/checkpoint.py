@@ -8,6 +8,7 @@ import errno
 import json
 import logging
 import os
+import pickle
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,8 +101,15 @@ def latest(run: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The training state of a checkpoint, read without executing pickled code."""
-    return torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+    """The training state of a checkpoint, read without executing pickled code. Raises: ConfigError if damaged."""
+    path = folder / "training.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{path} is not readable ({reason}); move {folder} away to continue from the checkpoint before it"
+        ) from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

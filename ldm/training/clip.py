@@ -57,4 +57,4 @@ class CLIPStage(Stage):
         return Report(figures)
 
     def _ids(self, batch: Batch) -> Tensor:
-        return self.clip.text.tokenizer(batch.text).ids.to(batch.image.device)
+        return self.clip.text.ids(batch.text)

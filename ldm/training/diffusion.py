@@ -52,6 +52,8 @@ class DiffusionOptions:
         for name in ("drop_text", "drop_hint"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"stage.{name} is {getattr(self, name)}; must be a probability in [0, 1]")
+        if self.preview_steps < 1:
+            raise ConfigError(f"stage.preview_steps is {self.preview_steps}; must be at least 1")
 
 
 @register("stage", "diffusion", options=DiffusionOptions)
@@ -102,7 +104,10 @@ class DiffusionStage(Stage):
 
     @torch.no_grad()
     def cached(self, data: ImageData, device: torch.device) -> Dataset:
-        """Latents and text tokens computed once, if the options say so."""
+        """Latents and text tokens computed once, if asked for. Raises: ConfigError if the data is augmented."""
+        view = getattr(data, "options", None)
+        if self.options.cache and (getattr(view, "flip", False) or getattr(view, "crop", "") == "random"):
+            raise ConfigError("stage.cache is on, but data.flip or data.crop asks for augmentation; switch one off")
         return LatentData(data, self.vae, self.text, device) if self.options.cache else data
 
     def forward(self, batch: Batch | Latents, draws: Draws, player: str, step: int) -> Loss:
@@ -141,18 +146,22 @@ class DiffusionStage(Stage):
         return self.vae.to_latent(batch.image, noise), self.text.encode(batch.text)
 
     def _hints(self, batch: Batch | Latents, draws: Draws) -> dict[str, Tensor]:
-        """Adapter name -> hint, dropped to zeros independently per sample and adapter."""
-        hints: dict[str, Tensor] = {}
-        for name, use in self.uses.items():
-            source = use.hint or name
-            if source not in batch.hints:
-                raise ConfigError(
-                    f"adapter {name!r} wants hint {source!r}; data.hints has {sorted(batch.hints)}: add it"
-                )
-            hint = batch.hints[source]
+        """Adapter name -> hint, dropped independently per sample and adapter."""
+        hints = self.hints(batch)
+        for name, hint in hints.items():
+            null = self.denoiser.adapter(name).null(hint)
             drop = draws.uniform(f"drop_hint.{name}") < self.options.drop_hint
-            hints[name] = self._drop(hint, torch.zeros_like(hint[:1]), drop)
+            hints[name] = self._drop(hint, torch.zeros_like(hint) if null is None else null, drop)
         return hints
+
+    def hints(self, batch: Batch | Latents) -> dict[str, Tensor]:
+        """Adapter name -> its hint in this batch. Raises: ConfigError if the data does not bring one."""
+        wanted = {name: use.hint or name for name, use in self.uses.items()}
+        for name, source in wanted.items():
+            if source not in batch.hints:
+                have = sorted(batch.hints)
+                raise ConfigError(f"adapter {name!r} wants hint {source!r}; the data's hints are {have}: add it there")
+        return {name: batch.hints[source] for name, source in wanted.items()}
 
     @staticmethod
     def _drop(x: Tensor, null: Tensor, drop: Tensor) -> Tensor:
@@ -171,7 +180,7 @@ class DiffusionStage(Stage):
             t = (
                 torch.arange(count, count + b, device=x0.device) * 577 % self.schedule.steps
             )  # 577: coprime to T, spreads
-            hints = {name: batch.hints[use.hint or name] for name, use in self.uses.items()}
+            hints = self.hints(batch)
             total += b * self._loss(x0, context, hints, t, draws.normal("noise", *x0.shape[1:]))
             count += b
         assert shown is not None
@@ -187,7 +196,7 @@ class DiffusionStage(Stage):
             "sampler": DDIM(self.schedule, steps=min(self.options.preview_steps, self.schedule.steps)),
             "guidance": GuidanceConfig(scale=self.options.preview_guidance),
         }
-        hints = {name: batch.hints[use.hint or name][:n] for name, use in self.uses.items()}
+        hints = {name: hint[:n] for name, hint in self.hints(batch).items()}
         columns = {f"hint: {name}": hint for name, hint in hints.items()}
         columns["base"] = generate.images(models, **settings)
         if hints:

@@ -39,4 +39,6 @@ class Draws:
 
     def _rows(self, purpose: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         rows = torch.stack([draw(generator(self.seed, purpose, p)) for p in self.positions])
+        if torch.device(self.device).type == "cuda":
+            rows = rows.pin_memory()  # from pageable memory the copy would wait for the device
         return rows.to(self.device, non_blocking=True)

@@ -4,6 +4,7 @@ Models are built on the meta device. Activations are counted by running the stag
 have shapes, types and devices but no data, and adding up what autograd keeps for backward.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ def fake_activations(config: RunConfig, stage: Stage) -> int:
     """
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    stage = stage.to(memory_format=torch.channels_last)  # as ldm.training.run does
+    stage = copy.deepcopy(stage)
+    stage.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (as ldm.training.run does)
     with FakeTensorMode(allow_non_fake_inputs=True):  # the noise schedule's tables are real
         stage = stage.to_empty(device=device).train()
         batch = blank_batch(config, device)

@@ -5,8 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +14,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ldm import config as config_module
 from ldm import grid
 from ldm.config import RunConfig
 from ldm.data.images import ImageData, collate
 from ldm.registry import ConfigError
 from ldm.training import checkpoint, optim, stream
+from ldm.training import state as state_module
 from ldm.training.distributed import Rank, wrap
 from ldm.training.draws import Draws
 from ldm.training.ema import EMA
-from ldm.training.metrics import Metrics, describe_run, git_revision
+from ldm.training.metrics import Metrics, describe_run, refuse_foreign
 from ldm.training.stage import Stage
+from ldm.training.state import State
 
 log = logging.getLogger(__name__)
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class State:
-    """Everything that changes during training."""
-
-    optimizers: dict[str, torch.optim.AdamW]
-    parameters: dict[str, list[nn.Parameter]]
-    ema: EMA | None
-    scaler: torch.amp.GradScaler
-    step: int = 0
-    skipped: int = 0  # steps whose gradients were not finite
-    skipped_in_a_row: int = 0
-    window: list[dict[str, Tensor]] = field(default_factory=list)  # scalars since the last log line, on the device
-    keys: list[list[str]] = field(default_factory=list)  # sample keys of the same steps
 
 
 def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData | None, rank: Rank) -> Path:
@@ -63,7 +48,7 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
     state = _start(config, stage, run, rank)
     wrapped = wrap(stage, rank, partial=stage.partial)
     source = stage.cached(data, rank.device)
-    metrics = Metrics(run, config.log) if rank.main else None
+    metrics = Metrics(run, config.log, state.step) if rank.main else None
     progress = tqdm(total=config.train.steps, initial=state.step, desc=run.name, disable=not rank.main, mininterval=1.0)
     clock = time.perf_counter()
 
@@ -86,7 +71,9 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
             _validate(config, stage, state, held_out, metrics, run, rank)
             clock = time.perf_counter()
         if state.step % config.checkpoint.every == 0 or last:
-            _save(config, stage, state, run, rank)
+            if rank.main:
+                state_module.save(config, stage, state, run)
+            rank.barrier()
     progress.close()
     if metrics:
         metrics.close()
@@ -100,27 +87,56 @@ def _start(config: RunConfig, stage: Stage, run: Path, rank: Rank) -> State:
     if config.train.precision not in PRECISIONS:
         raise ConfigError(f"train.precision is {config.train.precision!r}; allowed: {', '.join(PRECISIONS)}")
     stream.split_batch(config.train, rank.world)  # refuse a batch that does not divide before anything is written
+    if rank.main:
+        refuse_foreign(run)
     folder = checkpoint.latest(run)
-    if folder is None and config.train.init_from:
-        checkpoint.load_weights(next(iter(stage.exports().values())), Path(config.train.init_from))
     stage.requires_grad_(False)
-    parameters: dict[str, list[nn.Parameter]] = {}
-    for player, module in stage.players.items():
-        parameters[player] = optim.trainable(module, config.train.trainable if module is stage.trained else ["*"])
+    for module in stage.players.values():
+        optim.trainable(module, config.train.trainable if module is stage.trained else ["*"])
+    if folder is None and config.train.init_from:
+        _init_from(stage, Path(config.train.init_from))
+    parameters = {
+        player: {name: p for name, p in module.named_parameters() if p.requires_grad}
+        for player, module in stage.players.items()
+    }
     fp16 = config.train.precision == "fp16"
     state = State(
-        optimizers={player: optim.adamw(p, config.train) for player, p in parameters.items()},
+        optimizers={player: optim.adamw(p.values(), config.train) for player, p in parameters.items()},
         parameters=parameters,
         ema=EMA(stage.trained, config.train.ema) if config.train.ema else None,
         scaler=torch.amp.GradScaler(rank.device.type, enabled=fp16),
     )
     if folder is not None:
-        _resume(state, stage, folder)
+        state_module.restore(state, stage, config, folder)
         log.info("continuing %s at step %d", folder, state.step)
     if rank.main:
         describe_run(config, run)
     rank.barrier()
     return state
+
+
+def _init_from(stage: Stage, path: Path) -> None:
+    """Load what the stage exports: each part from its own file of a run folder, or the only part from a file."""
+    exports = stage.exports()
+    if len(exports) > 1 and not path.is_dir():
+        raise ConfigError(
+            f"train.init_from is {path}, but this stage trains {', '.join(exports)}; name a run folder that has them"
+        )
+    for stem, module in exports.items():
+        checkpoint.load_weights(module, path, stems=(stem,))
+
+
+@contextmanager
+def _playing(state: State, player: str) -> Iterator[None]:
+    """The other players' parameters take no gradient within: nobody would read it. DDP sees them as unused."""
+    others = [p for name, ps in state.parameters.items() if name != player for p in ps.values()]
+    for p in others:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in others:
+            p.requires_grad_(True)
 
 
 def _step(
@@ -130,6 +146,8 @@ def _step(
     scalars: dict[str, Tensor] = {}
     autocast = PRECISIONS[config.train.precision]
     n = len(micro_batches)
+    if state.scaler.is_enabled():
+        scalars["loss_scale"] = state.scaler.scale(torch.ones((), device=rank.device))  # pyright: ignore
     for player, optimizer in state.optimizers.items():
         prefix = "" if player == "model" else f"{player}_"
         optimizer.param_groups[0]["lr"] = optim.lr_at(state.step, config.train)
@@ -139,7 +157,7 @@ def _step(
             final = i == n - 1
             draws = Draws(config.seed, positions, rank.device)
             sync = nullcontext() if final or rank.world == 1 else wrapped.no_sync()  # pyright: ignore
-            with sync:
+            with sync, _playing(state, player):
                 with torch.autocast(rank.device.type, dtype=autocast, enabled=autocast is not None):
                     loss = wrapped(batch, draws, player, state.step)
                 state.scaler.scale(loss.total / n).backward()
@@ -151,7 +169,7 @@ def _step(
 
 
 def _update(state: State, player: str, config: RunConfig) -> Tensor:
-    optimizer, parameters = state.optimizers[player], state.parameters[player]
+    optimizer, parameters = state.optimizers[player], list(state.parameters[player].values())
     if not state.scaler.is_enabled():
         return optim.guarded_step(optimizer, parameters, config.train.clip)
     state.scaler.unscale_(optimizer)
@@ -172,6 +190,8 @@ def _read_window(state: State, run: Path, config: RunConfig, rank: Rank) -> dict
     rows = rank.mean(torch.stack([torch.stack([w[n] for n in names]) for w in state.window])).tolist()
     finite = [all(math.isfinite(v) for v in row) for row in rows]
     for offset, (row, good) in enumerate(zip(rows, finite, strict=True)):
+        if not good and _searching(dict(zip(names, row, strict=True))):
+            continue
         state.skipped_in_a_row = 0 if good else state.skipped_in_a_row + 1
         if good:
             continue
@@ -190,6 +210,12 @@ def _read_window(state: State, run: Path, config: RunConfig, rank: Rank) -> dict
     state.window.clear()
     state.keys.clear()
     return values
+
+
+def _searching(scalars: Mapping[str, float]) -> bool:
+    """Whether a step was skipped because fp16's loss scale is still coming down to where gradients fit: no fault."""
+    bad = [name for name, value in scalars.items() if not math.isfinite(value)]
+    return scalars.get("loss_scale", 0.0) > 1.0 and all(name.endswith("grad_norm") for name in bad)
 
 
 def _dump(run: Path, rank: Rank, step: int, scalars: dict[str, float], keys: list[str]) -> None:
@@ -222,49 +248,6 @@ def _validate(
 def _held_out_batches(held_out: Dataset[Any], config: RunConfig, rank: Rank) -> Iterator[Any]:
     n = min(config.validation.items, len(held_out))  # pyright: ignore[reportArgumentType]
     subset = torch.utils.data.Subset(held_out, range(n))
-    for batch in DataLoader(subset, batch_size=min(32, config.train.batch), collate_fn=collate):
+    micro, _ = stream.split_batch(config.train, rank.world)  # what fits in memory
+    for batch in DataLoader(subset, batch_size=min(32, micro), collate_fn=collate):
         yield batch.to(rank.device)
-
-
-def _save(config: RunConfig, stage: Stage, state: State, run: Path, rank: Rank) -> None:
-    """Write a checkpoint: shared weights are the averaged ones where there is an EMA."""
-    if rank.main:
-        averaged = state.ema.swapped() if state.ema else nullcontext()
-        with averaged:
-            weights = {stem: {k: v.clone() for k, v in m.state_dict().items()} for stem, m in stage.exports().items()}
-        training = {
-            "step": state.step,
-            "skipped": state.skipped,
-            "parameters": {player: [p.detach() for p in ps] for player, ps in state.parameters.items()},
-            "buffers": {f"{player}.{n}": b for player, m in stage.players.items() for n, b in m.named_buffers()},
-            "optimizers": {player: o.state_dict() for player, o in state.optimizers.items()},
-            "ema": state.ema.state_dict() if state.ema else None,
-            "scaler": state.scaler.state_dict(),
-        }
-        metadata = {"config": config_module.dump(config), "step": str(state.step), "git": git_revision()}
-        checkpoint.save(run, state.step, weights, training, metadata, config.checkpoint.keep_last)
-    rank.barrier()
-
-
-def _resume(state: State, stage: Stage, folder: Path) -> None:
-    """Put a checkpoint's training state back. Raises: ConfigError if its parameters are not this stage's."""
-    saved = checkpoint.read_state(folder)
-    for player, parameters in state.parameters.items():
-        shapes = [tuple(p.shape) for p in parameters]
-        theirs = [tuple(p.shape) for p in saved["parameters"].get(player, [])]
-        if shapes != theirs:
-            raise ConfigError(
-                f"{folder} trains {len(theirs)} tensors of {player!r}, this config {len(shapes)} (or of other shapes); "
-                "use the config of that run, or another run.dir"
-            )
-        with torch.no_grad():
-            for p, value in zip(parameters, saved["parameters"][player], strict=True):
-                p.copy_(value)
-        state.optimizers[player].load_state_dict(saved["optimizers"][player])
-    buffers = {f"{player}.{n}": b for player, m in stage.players.items() for n, b in m.named_buffers()}
-    for name, value in saved["buffers"].items():
-        buffers[name].copy_(value)
-    if state.ema is not None and saved["ema"] is not None:
-        state.ema.load_state_dict(saved["ema"])
-    state.scaler.load_state_dict(saved["scaler"])
-    state.step, state.skipped = saved["step"], saved["skipped"]

@@ -23,7 +23,13 @@ def diffusion_loss(
         min_snr_gamma: e.g. 5; None weights all timesteps equally.
 
     Returns: scalar, float32.
+    Raises: ValueError if output and target differ in shape.
     """
+    if output.shape != target.shape:
+        raise ValueError(
+            f"the UNet's output is {tuple(output.shape)} (b c h w), its target {tuple(target.shape)}; must be the "
+            "same: set model.unet.out_channels to the channels of the latent"
+        )
     per_sample = (output.float() - target.float()).pow(2).mean(dim=(1, 2, 3))
     return (per_sample * schedule.loss_weight(objective, t, min_snr_gamma)).mean()
 

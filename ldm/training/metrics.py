@@ -1,10 +1,12 @@
 """Run folder records: metrics.jsonl, pictures, wandb when switched on."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import torch
 from ldm import config as config_module
 from ldm.config import LogConfig, RunConfig
 from ldm.registry import ConfigError
+
+STARTS = "starts.jsonl"
 
 
 def git_revision() -> str:
@@ -27,10 +31,15 @@ def git_revision() -> str:
     return rev.strip() + ("+" if dirty.strip() else "")
 
 
+def refuse_foreign(run: Path) -> None:
+    """Raises: ConfigError if the run folder has files but is no run: they could be written over."""
+    if run.is_dir() and not (run / STARTS).exists() and any(run.iterdir()):
+        raise ConfigError(f"run.dir is {run}, which has files but no {STARTS}, so it is no run; name a new folder")
+
+
 def describe_run(config: RunConfig, run: Path) -> None:
     """Write `config.yaml` (resolved) and append command, git revision and environment to `starts.jsonl`."""
     run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text(config_module.dump(config), encoding="utf-8")
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -41,23 +50,25 @@ def describe_run(config: RunConfig, run: Path) -> None:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
     }
-    _append(run / "starts.jsonl", start)
+    _append(run / STARTS, start)  # first: it marks the folder as a run
+    (run / "config.yaml").write_text(config_module.dump(config), encoding="utf-8")
 
 
 class Metrics:
     """Scalars of one run to `metrics.jsonl` and, when `log.wandb` says so, to wandb."""
 
-    def __init__(self, run: Path, log: LogConfig) -> None:
+    def __init__(self, run: Path, log: LogConfig, step: int = 0) -> None:
+        """Open the records of a run that goes on after `step`; lines of later steps are dropped: they come again.
+
+        Raises: ConfigError if `log.wandb` is unknown, or wandb is absent or refuses to start.
+        """
         self.file = run / "metrics.jsonl"
         self.wandb: Any = None
         if log.wandb not in ("disabled", "offline", "online"):
             raise ConfigError(f"log.wandb is {log.wandb!r}; allowed: disabled, offline, online")
+        _forget_after(self.file, step)
         if log.wandb != "disabled":
-            import wandb  # only when switched on: the import takes seconds
-
-            self.wandb = wandb.init(
-                project=log.project, name=run.name, id=run.name, dir=str(run), mode=log.wandb, resume="allow"
-            )
+            self.wandb = _start_wandb(run, log)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line: {"step": ..., **values}."""
@@ -69,6 +80,37 @@ class Metrics:
         """Finish the wandb run, if any."""
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _start_wandb(run: Path, log: LogConfig) -> Any:
+    """A wandb run under an id of its own, kept in the run folder: folders of the same name stay apart."""
+    try:
+        import wandb  # only when switched on: the import takes seconds
+    except ImportError as error:
+        raise ConfigError(
+            f"log.wandb is {log.wandb!r}, but wandb is not installed; install it or disable it"
+        ) from error
+    file = run / "wandb-id.txt"
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex)
+    settings = {"project": log.project, "name": run.name, "id": file.read_text().strip(), "dir": str(run)}
+    try:
+        return wandb.init(**settings, mode=log.wandb, resume="allow")
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"wandb did not start ({reason}); log in, or set log.wandb=offline or disabled") from error
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop the lines of later steps, and what a crash left of a line. The file is replaced whole or not at all."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+    if len(kept) < len(lines):
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

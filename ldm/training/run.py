@@ -6,6 +6,7 @@ import torch
 
 from ldm import build
 from ldm.config import RunConfig
+from ldm.registry import ConfigError
 from ldm.training import clip, diffusion, distributed, loop, vae  # noqa: F401  (stages register on import)
 
 
@@ -14,10 +15,17 @@ def train(config: RunConfig) -> Path:
 
     Raises: ConfigError on anything in the config that does not fit.
     """
-    with distributed.session(config.device, config.train.threads) as rank:
-        torch.manual_seed(config.seed)  # initial weights; everything later draws from (seed, purpose, position)
-        data = build.data(config.data)
-        held_out = build.data(config.validation.data, "validation.data") if config.validation.data else None
-        stage = build.stage(config).to(rank.device)
-        stage.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
-        return loop.train(config, stage, data, held_out, rank)
+    try:
+        with distributed.session(config.device, config.train.threads) as rank:
+            torch.manual_seed(config.seed)  # initial weights; everything later draws from (seed, purpose, position)
+            data = build.data(config.data)
+            held_out = build.data(config.validation.data, "validation.data") if config.validation.data else None
+            stage = build.stage(config).to(rank.device)
+            stage.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
+            return loop.train(config, stage, data, held_out, rank)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"the GPU's memory is full ({reason}); lower train.micro_batch (now {config.train.micro_batch}), "
+            "or set train.checkpoint_activations=true"
+        ) from error

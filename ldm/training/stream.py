@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm.config import TrainConfig
 from ldm.data.images import collate
@@ -26,12 +26,18 @@ class Positions(Dataset[tuple[int, Any]]):
         self._order: list[int] = []
 
     def __getitem__(self, position: int) -> tuple[int, Any]:
-        """The position and its sample."""
+        """The position and its sample, or the error that the user has to see.
+
+        An error raised in a worker process would arrive with that process's traceback for a message.
+        """
         epoch, offset = divmod(position, len(self.data))
         if epoch != self._epoch:
             self._order = torch.randperm(len(self.data), generator=generator(self.seed, "order", epoch)).tolist()
             self._epoch = epoch
-        return position, self.data.load(self._order[offset], generator(self.seed, "augment", position))
+        try:
+            return position, self.data.load(self._order[offset], generator(self.seed, "augment", position))
+        except (ValueError, OSError) as error:
+            return position, error
 
 
 def split_batch(config: TrainConfig, world: int) -> tuple[int, int]:
@@ -53,12 +59,14 @@ def positions(step: int, micro: int, accumulation: int, rank: Rank) -> list[list
 
 
 def batches(data: Any, config: TrainConfig, rank: Rank, seed: int, start: int) -> Iterator[list[tuple[list[int], Any]]]:
-    """For each optimizer step from `start` on: this rank's micro-batches as (global positions, Batch)."""
+    """For each optimizer step from `start` on: this rank's micro-batches as (global positions, Batch).
+
+    Raises: what reading a sample raised, DataError above all.
+    """
     micro, accumulation = split_batch(config, rank.world)
-    order = [p for step in range(start, config.steps) for p in positions(step, micro, accumulation, rank)]
     loader = DataLoader(
         Positions(data, seed),
-        batch_sampler=order,
+        batch_sampler=Order(start, config.steps, micro, accumulation, rank),
         collate_fn=_Collate(getattr(data, "collate", collate)),
         num_workers=config.workers,
         pin_memory=rank.device.type == "cuda",
@@ -66,7 +74,28 @@ def batches(data: Any, config: TrainConfig, rank: Rank, seed: int, start: int) -
     )
     stream = iter(loader)
     for _ in range(start, config.steps):
-        yield [(where, batch.to(rank.device)) for where, batch in (next(stream) for _ in range(accumulation))]
+        read = [next(stream) for _ in range(accumulation)]
+        for _, batch in read:
+            if isinstance(batch, Exception):
+                raise batch
+        yield [(where, batch.to(rank.device)) for where, batch in read]
+
+
+class Order(Sampler[list[int]]):
+    """`positions` of every micro-batch from step `start` to `steps`, made as they are asked for."""
+
+    def __init__(self, start: int, steps: int, micro: int, accumulation: int, rank: Rank) -> None:
+        self.steps = range(start, steps)
+        self.micro = micro
+        self.accumulation = accumulation
+        self.rank = rank
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            yield from positions(step, self.micro, self.accumulation, self.rank)
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.accumulation
 
 
 class _Collate:
@@ -74,4 +103,10 @@ class _Collate:
         self.collate_samples = collate_samples
 
     def __call__(self, items: list[tuple[int, Any]]) -> tuple[list[int], Any]:
-        return [p for p, _ in items], self.collate_samples([s for _, s in items])
+        where, samples = [p for p, _ in items], [s for _, s in items]
+        if errors := [s for s in samples if isinstance(s, Exception)]:
+            return where, errors[0]
+        try:
+            return where, self.collate_samples(samples)
+        except ValueError as error:  # samples that do not fit together
+            return where, error

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import adapters  # noqa: F401
+import ldm.training.run  # noqa: F401
+from ldm import build, config
 from ldm.training import checkpoint
 from scripts import convert, evaluate
 
@@ -17,28 +19,56 @@ SIZE = ["model.vae.weights=null", "model.text.weights=null", "train.precision=fp
 HELD_OUT = "validation.data={name: synthetic, size: 16, length: 4, seed: 1, hints: [edge]}"
 
 
+def saved(kind: str, folder: Path) -> str:
+    """Random weights of one tiny model as a file."""
+    cfg = config.load(TINY / ("controlnet.yaml" if kind == "unet" else f"{kind}.yaml"), SIZE)
+    module = build.component(kind, {k: v for k, v in getattr(cfg.model, kind).items() if k != "weights"})
+    folder.mkdir(exist_ok=True)
+    save_file(module.state_dict(), folder / f"{kind}.safetensors")
+    return str(folder / f"{kind}.safetensors")
+
+
 def test_adapter_figures_name_adapter_base_ceiling_and_chance(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = [*SIZE, "model.unet.weights=null", HELD_OUT, f"out.dir={tmp_path}", "sample.sampler.steps=2"]
-    args += ["stage.preview_steps=2", "sample.guidance.scale=2"]
+    args = [*SIZE, f"model.unet.weights={saved('unet', tmp_path)}", HELD_OUT, f"run.dir={tmp_path}"]
+    args += ["stage.preview_steps=2", "sample.guidance.scale=2", "sample.sampler.steps=2"]
+    cfg = config.load(TINY / "controlnet.yaml", args)
+    adapter = build.stage(cfg).exports()["adapter"]  # fresh: zero convolutions
+    save_file(adapter.state_dict(), tmp_path / "adapter.safetensors")
+    args.append(f"adapters.edge.weights={tmp_path / 'adapter.safetensors'}")
     evaluate.main(["--config", str(TINY / "controlnet.yaml"), *args])
     figures = json.loads(capsys.readouterr().out)
     assert figures["edge_f1_items"] == 4
     assert figures["edge_f1_adapter"] == figures["edge_f1_base"]  # a fresh ControlNet changes nothing
     assert figures["edge_f1_ground_truth"] > figures["edge_f1_chance"]
-    assert json.loads((tmp_path / "eval.json").read_text())["figures"] == figures
-    assert (tmp_path / "grid.png").is_file()
+    assert json.loads((tmp_path / "eval" / "eval.json").read_text())["figures"] == figures
+    assert (tmp_path / "eval" / "grid.png").is_file()
 
 
-def test_vae_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate.main(["--config", str(TINY / "vae.yaml"), *SIZE, HELD_OUT, f"out.dir={tmp_path}"])
-    assert {"psnr", "scale_factor"} <= json.loads(capsys.readouterr().out).keys()
+def test_the_newest_checkpoint_of_the_run_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = load_file(saved("vae", tmp_path / "source"))
+    checkpoint.save(tmp_path / "run", 3, {"model": tensors}, {"step": 3}, {"step": "3"}, keep=1)
+    args = ["--config", str(TINY / "vae.yaml"), *SIZE, HELD_OUT]
+    evaluate.main([*args, f"run.dir={tmp_path / 'run'}"])
+    from_run = json.loads(capsys.readouterr().out)
+    named = f"model.vae.weights={tmp_path / 'source' / 'vae.safetensors'}"
+    evaluate.main([*args, named, f"run.dir={tmp_path / 'other'}"])
+    assert json.loads(capsys.readouterr().out) == from_run
+    assert {"psnr", "scale_factor"} <= from_run.keys()
 
 
-def test_evaluating_nothing_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_random_weights_are_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
-        evaluate.main(["--config", str(TINY / "vae.yaml"), "validation.data=null"])
+        evaluate.main(["--config", str(TINY / "vae.yaml"), *SIZE, HELD_OUT, f"run.dir={tmp_path}"])
+    assert exit_info.value.code == 2
+    assert "nothing to evaluate: no weights: for vae" in capsys.readouterr().err
+
+
+def test_evaluating_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        weights = f"model.vae.weights={saved('vae', tmp_path)}"
+        evaluate.main(["--config", str(TINY / "vae.yaml"), "validation.data=null", weights])
     assert exit_info.value.code == 2
     assert "validation.data is not set" in capsys.readouterr().err
 

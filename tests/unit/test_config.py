@@ -108,6 +108,14 @@ def test_unknown_top_level_key_is_refused(tmp_path: Path) -> None:
         load(write(tmp_path / "a.yaml", "trian: {steps: 3}"))
 
 
+@pytest.mark.parametrize(
+    "key", ["zzz", "run.zzz", "model.zzz", "train.zzz", "sample.guidance.zzz", "validation.zzz", "out.zzz"]
+)
+def test_unknown_key_is_refused_in_every_group(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown key '{key}'"):
+        load(write(tmp_path / "a.yaml", ""), [f"{key}=1"])
+
+
 def test_unknown_key_on_the_command_line_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown key 'sample.promts'.*did you mean 'prompts'\?"):
         load(write(tmp_path / "a.yaml", ""), ["sample.promts=a cat"])
@@ -141,6 +149,7 @@ def test_wrong_type_is_refused_in_one_line_with_its_path(tmp_path: Path, text: s
         ("train: {lr: -1.0}", "train.lr is -1.0, must be at least 0"),
         ("train: {lr: .nan}", "train.lr is nan, must be at least 0 and finite"),
         ("train: {lr: .inf}", "train.lr is inf, must be at least 0 and finite"),
+        ("train: {clip: 0.0}", "train.clip is 0, which stops all training; must be positive, or null for none"),
         ("train: {ema: 1.0}", "train.ema is 1.0, must be at least 0 and below 1"),
         ("train: {betas: [0.9, 1.0]}", r"train.betas is \(0.9, 1.0\), must be at least 0 and below 1"),
         ("train: {precision: bf61}", r"train.precision is 'bf61'; allowed: fp32, bf16, fp16; did you mean 'bf16'\?"),

@@ -120,7 +120,7 @@ def test_skip_scales_of_the_wrong_length_are_refused(n: int) -> None:
     ],
 )
 def test_use_that_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ValueError, match=message):
         AdapterUse(**options)
 
 

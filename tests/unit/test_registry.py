@@ -166,3 +166,15 @@ def test_options_of_a_factory_without_a_dataclass_are_refused() -> None:
 def test_suggest_is_silent_when_nothing_is_close() -> None:
     assert registry.suggest("zebra", ["apple"]) == ""
     assert registry.suggest("appel", ["apple", "pear"]) == "; did you mean 'apple'?"
+
+
+def test_options_without_a_name_are_checked_the_same_way() -> None:
+    assert registry.checked(AppleOptions, {"colour": "red", "sizes": [1, 2]}, "basket") == AppleOptions(
+        "red", sizes=(1, 2)
+    )
+    for node, said in (
+        ({"colour": 3}, "basket: colour is 3, must be str"),
+        ({"color": "red"}, r"basket: unknown keys \['color'\], missing keys \['colour'\].*did you mean 'colour'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            registry.checked(AppleOptions, node, "basket")

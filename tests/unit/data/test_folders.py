@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -184,6 +186,15 @@ def test_bad_metadata_is_named_by_line(tmp_path, text, message):
     (tmp_path / "metadata.jsonl").write_text(text, errors="surrogateescape")
     with pytest.raises(ConfigError, match=message):
         folder(tmp_path)
+
+
+def test_caption_may_hold_unicode_line_separators(tmp_path, picture):
+    picture(tmp_path / "a.png")
+    text = "one\u2028two\u0085three"
+    (tmp_path / "metadata.jsonl").write_text(
+        json.dumps({"file": "a.png", "text": text}, ensure_ascii=False) + "\r\n", encoding="utf-8"
+    )
+    assert folder(tmp_path)[0].text == text
 
 
 def test_missing_metadata_is_named(tmp_path):

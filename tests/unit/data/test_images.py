@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from ldm.data import DataError, Sample, collate
 
@@ -50,3 +51,15 @@ def test_collate_refuses_mixtures():
         collate([sample(), sample("b", hints={"edge": torch.zeros(3, 8, 8)})])
     with pytest.raises(DataError, match="0 samples"):
         collate([])
+
+
+def test_batch_is_pinned_with_all_its_tensors(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x.clone())
+    image = torch.rand(3, 8, 8)
+    batch = collate([Sample("a", image, "text", {"edge": image}, reference=image)])
+    again = pin_memory((["position"], batch))[1]  # what DataLoader does to its batches on CUDA
+    assert isinstance(again, type(batch)) and again.text == ["text"] and len(pinned) == 3
+    for new, old in ((again.image, batch.image), (again.hints["edge"], batch.hints["edge"])):
+        assert new is not old and new.equal(old)
+    assert again.reference is not None and again.reference.equal(image[None])

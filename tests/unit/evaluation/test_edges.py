@@ -37,3 +37,9 @@ def test_recall_counts_nearer_keys() -> None:
     keys = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 2.0, 1.0]])  # query 1 is nearer to key 2 than to its own
     assert recall_at(queries, keys, 1) == pytest.approx(2 / 3)
     assert recall_at(queries, keys, 2) == 1.0
+
+
+def test_recall_of_collapsed_or_broken_embeddings_is_not_perfect() -> None:
+    same = torch.ones(10, 4)
+    assert recall_at(same, same, 5) == 0.0
+    assert recall_at(torch.full((10, 4), float("nan")), same, 5) == 0.0

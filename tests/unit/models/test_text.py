@@ -77,8 +77,18 @@ def test_encode_warns_about_long_prompts(caplog: pytest.LogCaptureFixture) -> No
         out = text.encode(["a", "a b c d e f g h i j k l"])
     assert out.shape == (2, 12, 16)
     assert [r.getMessage() for r in caplog.records] == [
-        "1 of 2 prompts are longer than 12 tokens and were cut, e.g. 'a b c d e f g h i j k l'"
+        "1 of the 2 prompts so far are longer than 12 tokens and were cut, e.g. 'a b c d e f g h i j k l'; "
+        "this is said once"
     ]
+
+
+def test_cut_prompts_are_warned_about_once_with_the_count_so_far(caplog: pytest.LogCaptureFixture) -> None:
+    text, long = TextEncoder(TINY), "a b c d e f g h i j k l"
+    with caplog.at_level(logging.WARNING):
+        for texts in (["a", "b"], ["a", long], [long, long]):
+            text.encode(texts)
+    assert len(caplog.records) == 1
+    assert caplog.records[0].getMessage().startswith("1 of the 4 prompts so far")
 
 
 def test_attention_is_causal() -> None:

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from ldm.training.draws import Draws, generator
@@ -39,3 +40,13 @@ def test_neighbouring_positions_are_uncorrelated() -> None:
     rows = Draws(0, range(512)).normal("noise", 64)
     neighbours = (rows[1:] * rows[:-1]).mean()
     assert abs(neighbours) < 4 / (511 * 64) ** 0.5
+
+
+def test_draws_for_a_gpu_are_pinned_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: calls.append("pin") or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *_, **__: calls.append("to") or x)
+    Draws(0, [1, 2], torch.device("cuda", 0)).normal("noise", 3)
+    assert calls == ["pin", "to"]
+    Draws(0, [1, 2], "cpu").normal("noise", 3)
+    assert calls == ["pin", "to", "to"]

@@ -91,7 +91,7 @@ def test_estimate_is_close_where_fake_kernels_differ_from_real_ones(name: str) -
 def test_largest_player_counts() -> None:
     cfg = tiny("vae", "stage.disc_weight=0.5", "stage.disc_start=0", "stage.disc_width=8", "data.size=64")
     assert estimated(cfg) == pytest.approx(really_kept(cfg), rel=CLOSE)
-    assert estimated(cfg) > 1.05 * estimated(tiny("vae", "data.size=64"))
+    assert estimated(cfg) > estimated(tiny("vae", "data.size=64"))
 
 
 def test_recomputing_activations_lowers_the_estimate_as_it_lowers_the_real_run() -> None:
@@ -132,6 +132,7 @@ def test_memory_is_the_sum_of_its_parts() -> None:
     cfg = tiny("controlnet", "train.ema=0.99")
     stage = estimate.meta_stage(cfg)
     memory = estimate.estimate(cfg, stage)
+    assert all(p.is_meta for p in stage.parameters())  # the caller's stage is left as it was
     trained = FLOAT * sum(p.numel() for p in stage.denoiser.adapters.parameters())  # pyright: ignore
     buffers = FLOAT * sum(b.numel() for b in stage.buffers())
     assert memory.weights == FLOAT * sum(p.numel() for p in stage.parameters()) + buffers

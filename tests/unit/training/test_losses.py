@@ -41,6 +41,11 @@ def test_diffusion_loss_is_float32_for_half_precision_output() -> None:
     assert loss.dtype == torch.float32 and loss.item() == 90_000.0  # beyond float16
 
 
+def test_diffusion_loss_refuses_shapes_that_would_broadcast() -> None:
+    with pytest.raises(ValueError, match=r"output is \(2, 1, 2, 2\) .* target \(2, 4, 2, 2\); .*out_channels"):
+        diffusion_loss(torch.zeros(2, 1, 2, 2), torch.zeros(2, 4, 2, 2), SCHEDULE, "eps", torch.tensor([0, 1]), None)
+
+
 def test_hinge_by_hand() -> None:
     real, fake = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([-2.0, 0.0, 1.0])
     assert hinge_discriminator(real, fake).item() == pytest.approx(0.5 * (3 / 3 + 3 / 3))

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from ldm.config import TrainConfig
+from ldm.data.errors import DataError
 from ldm.data.images import ImageData, Sample
 from ldm.registry import ConfigError
 from ldm.training.distributed import Rank
-from ldm.training.stream import Positions, batches, positions, split_batch
+from ldm.training.stream import Order, Positions, batches, positions, split_batch
 
 SIZE = 10  # samples, so that a batch of 4 straddles epochs
 
@@ -126,3 +127,34 @@ def test_micro_batches_of_a_step_come_together() -> None:
     stream = batches(Numbers(), TrainConfig(batch=4, micro_batch=2, steps=3), rank(), 0, 0)
     steps = list(islice(stream, 2))
     assert [[where for where, _ in step] for step in steps] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+
+
+def test_order_is_not_made_before_it_is_asked_for() -> None:
+    order = Order(start=2, steps=10**12, micro=2, accumulation=2, rank=rank(1, world=2))
+    assert len(order) == 2 * (10**12 - 2)
+    assert list(islice(order, 2)) == list(islice(order, 2)) == positions(2, 2, 2, rank(1, world=2))
+    endless = batches(Numbers(), TrainConfig(batch=4, steps=10**12), rank(), 0, 0)
+    assert [where for where, _ in next(endless)] == [[0, 1, 2, 3]]
+
+
+class Damaged(Numbers):
+    """One sample cannot be read; another is of another size, if `odd`."""
+
+    def __init__(self, odd: bool = False) -> None:
+        self.odd = odd
+
+    def load(self, index: int, generator: torch.Generator | None = None) -> Sample:
+        if index == 3 and self.odd:
+            return Sample(key="odd", image=torch.zeros(3, 4, 4), text="")
+        if index == 3:
+            raise DataError("images/3.png cannot be decoded; replace or remove it")
+        return super().load(index, generator)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("odd", "said"), [(False, r"^images/3.png cannot .* it$"), (True, r"^.* one batch has .*$")])
+def test_unreadable_sample_is_one_line_from_any_process(workers: int, odd: bool, said: str) -> None:
+    config = TrainConfig(batch=SIZE, steps=1, workers=workers)
+    with pytest.raises(DataError, match=said) as caught:
+        list(batches(Damaged(odd), config, rank(), 0, 0))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,146 @@
+"""Everything that changes during training, and its way into a checkpoint and back."""
+
+import logging
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from ldm import config as config_module
+from ldm.config import RunConfig
+from ldm.registry import ConfigError
+from ldm.training import checkpoint
+from ldm.training.ema import EMA
+from ldm.training.metrics import git_revision
+from ldm.training.stage import Stage
+
+log = logging.getLogger(__name__)
+SAME = ("seed", "model", "adapters", "stage", "data", "train.batch")  # a continued run is the same run in these
+EXCEPT = ("stage.preview_steps", "stage.preview_guidance", "data.memory")  # but these leave its numbers as they are
+SAVED = {"step", "skipped", "parameters", "buffers", "optimizers", "ema", "scaler"}
+WAY_OUT = "use the config of that run, or another run.dir (train.init_from takes over its weights)"
+
+
+@dataclass
+class State:
+    """Everything that changes during training."""
+
+    optimizers: dict[str, torch.optim.AdamW]
+    parameters: dict[str, dict[str, nn.Parameter]]  # player -> name in its module -> trainable parameter
+    ema: EMA | None
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    skipped: int = 0  # steps whose gradients were not finite
+    skipped_in_a_row: int = 0
+    window: list[dict[str, Tensor]] = field(default_factory=list)  # scalars since the last log line, on the device
+    keys: list[list[str]] = field(default_factory=list)  # sample keys of the same steps
+
+
+def save(config: RunConfig, stage: Stage, state: State, run: Path) -> None:
+    """Write a checkpoint: shared weights are the averaged ones where there is an EMA. Raises: as `checkpoint.save`."""
+    averaged = state.ema.swapped() if state.ema else nullcontext()
+    with averaged:
+        weights = {stem: {k: v.clone() for k, v in m.state_dict().items()} for stem, m in stage.exports().items()}
+    training = {
+        "step": state.step,
+        "skipped": state.skipped,
+        "config": _plain(config),
+        "names": {player: list(ps) for player, ps in state.parameters.items()},
+        "parameters": {player: [p.detach() for p in ps.values()] for player, ps in state.parameters.items()},
+        "buffers": _buffers(stage),
+        "optimizers": {player: o.state_dict() for player, o in state.optimizers.items()},
+        "ema": state.ema.state_dict() if state.ema else None,
+        "scaler": state.scaler.state_dict(),
+    }
+    metadata = {"config": config_module.dump(config), "step": str(state.step), "git": git_revision()}
+    checkpoint.save(run, state.step, weights, training, metadata, config.checkpoint.keep_last)
+
+
+def restore(state: State, stage: Stage, config: RunConfig, folder: Path) -> None:
+    """Put a checkpoint's training state back.
+
+    Checkpoints written before names and config were kept in them are taken if shapes agree, with a warning.
+
+    Raises: ConfigError if it is of another run than this config's, or damaged.
+    """
+    saved = checkpoint.read_state(folder)
+    if missing := sorted(SAVED - saved.keys()):
+        raise ConfigError(f"{folder} has no {', '.join(missing)} in its training state; {WAY_OUT}")
+    _check(saved, state, stage, config, folder)
+    with torch.no_grad():
+        for player, parameters in state.parameters.items():
+            for p, value in zip(parameters.values(), saved["parameters"][player], strict=True):
+                p.copy_(value)
+            _load_optimizer(state.optimizers[player], saved["optimizers"][player])
+        for name, buffer in _buffers(stage).items():
+            buffer.copy_(saved["buffers"][name])
+    if state.ema is not None:
+        state.ema = EMA(stage.trained, state.ema.decay)  # anew: the first one averages the initial weights
+        if saved["ema"] is None:
+            log.warning("train.ema is new to %s: averages start from its weights at step %d", folder, saved["step"])
+        else:
+            state.ema.load_state_dict(saved["ema"])
+    if saved["scaler"]:  # empty unless that run was fp16
+        state.scaler.load_state_dict(saved["scaler"])
+    state.step, state.skipped = saved["step"], saved["skipped"]
+
+
+def _check(saved: Mapping[str, Any], state: State, stage: Stage, config: RunConfig, folder: Path) -> None:
+    """Refuse another run's state before anything is changed."""
+    if "config" not in saved or "names" not in saved:
+        log.warning("%s says neither its config nor its parameter names; only shapes are compared", folder)
+    elif differing := _differences(saved["config"], config):
+        raise ConfigError(f"{folder} is of a run with {'; '.join(differing)}; {WAY_OUT}")
+    if saved["parameters"].keys() != state.parameters.keys():
+        theirs, ours = (", ".join(x["parameters"]) for x in (saved, vars(state)))
+        raise ConfigError(f"{folder} trains {theirs}, this config {ours}; {WAY_OUT}")
+    for player, parameters in state.parameters.items():
+        names = saved.get("names", {}).get(player, list(parameters))
+        if other := sorted(set(names) ^ set(parameters)):
+            raise ConfigError(f"{folder} and this config do not both train {other[0]!r} of {player!r}; {WAY_OUT}")
+        shapes = [tuple(p.shape) for p in saved["parameters"][player]]
+        if names != list(parameters) or shapes != [tuple(p.shape) for p in parameters.values()]:
+            raise ConfigError(
+                f"{folder} trains {len(shapes)} tensors of {player!r}, this config {len(parameters)} (or of other "
+                f"shapes or order); {WAY_OUT}"
+            )
+    ours, theirs = ({n: tuple(b.shape) for n, b in bs.items()} for bs in (_buffers(stage), saved["buffers"]))
+    if other := sorted(dict(ours.items() ^ theirs.items())):
+        raise ConfigError(f"{folder} has another buffer {other[0]!r} than this config; {WAY_OUT}")
+    if saved["ema"] is not None and state.ema is None:
+        raise ConfigError(f"{folder} has EMA weights that train.ema=null would drop; set train.ema, or another run.dir")
+
+
+def _differences(theirs: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """Keys that a run may not change while it goes on, with both values."""
+    old, new = _flat(_plain(RunConfig())) | _flat(theirs), _flat(_plain(config))
+    compared = [k for k in sorted(old.keys() | new.keys()) if f"{k}.".startswith(tuple(f"{s}." for s in SAME))]
+    return [f"{k}={old.get(k)!r}, not {new.get(k)!r}" for k in compared if k not in EXCEPT and old.get(k) != new.get(k)]
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.structured(config))  # pyright: ignore[reportReturnType]
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in node.items():
+        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return result
+
+
+def _buffers(stage: Stage) -> dict[str, Tensor]:
+    return {f"{player}.{n}": b for player, module in stage.players.items() for n, b in module.named_buffers()}
+
+
+def _load_optimizer(optimizer: torch.optim.AdamW, saved: Mapping[str, Any]) -> None:
+    """Moments from the checkpoint, settings (betas, weight decay) from the config."""
+    settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    optimizer.load_state_dict(dict(saved))
+    optimizer.param_groups[0].update(settings)

@@ -1,0 +1,13 @@
+"""The held-out part of a data set."""
+
+from ldm.data.subset import spread
+from ldm.data.synthetic import SyntheticData, SyntheticOptions
+
+
+def test_spread_is_fixed_distinct_and_not_the_head() -> None:
+    data = SyntheticData(SyntheticOptions(size=16, length=50))
+    chosen = spread(data, 20).indices
+    assert list(chosen) == list(spread(data, 20).indices)
+    assert len(set(chosen)) == 20
+    assert max(chosen) >= 25
+    assert len(spread(data, 99)) == 50
