@@ -217,7 +217,7 @@ def parser(description: str, *, dry_run: bool = True) -> argparse.ArgumentParser
     result.add_argument("--config", metavar="FILE", help="YAML file under configs/")
     result.add_argument("overrides", nargs="*", metavar="key=value", help="override any key, e.g. train.steps=100")
     if dry_run:
-        result.add_argument("--dry-run", action="store_true", help="build everything without memory, print counts, stop")
+        result.add_argument("--dry-run", action="store_true", help="build without memory, print counts, stop")
     result.add_argument("--print-config", action="store_true", help="print the resolved config, stop")
     return result
 

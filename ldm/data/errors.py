@@ -1,6 +1,5 @@
 """The one error that data readers and writers raise."""
 
-
 from ldm.registry import ConfigError
 
 

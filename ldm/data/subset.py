@@ -1,9 +1,11 @@
 """A fixed, spread-out part of a data set for held-out figures."""
 
-import torch
-from torch.utils.data import Subset
+from collections.abc import Iterator
 
-from ldm.data.images import ImageData, Sample
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from ldm.data.images import Batch, ImageData, Sample, collate
 
 
 def spread(data: ImageData, items: int) -> Subset[Sample]:
@@ -13,3 +15,9 @@ def spread(data: ImageData, items: int) -> Subset[Sample]:
     """
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
     return Subset(data, order[:items])
+
+
+def held_out(data: ImageData, items: int, batch: int, device: torch.device) -> Iterator[Batch]:
+    """`spread(data, items)` in batches of at most `batch`, on `device`."""
+    for samples in DataLoader(spread(data, items), batch_size=batch, collate_fn=collate):
+        yield samples.to(device)

@@ -1,20 +1,18 @@
 """Held-out figures of a trained stage, and how well its adapters obey their hints."""
 
 import json
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm import build, generate, grid, registry
 from ldm import config as config_module
 from ldm.config import RunConfig
-from ldm.data.images import Batch, ImageData, collate
-from ldm.data.subset import spread
+from ldm.data.images import ImageData
+from ldm.data.subset import held_out
 from ldm.evaluation.edges import edge_map
 from ldm.evaluation.fidelity import edge_f1
 from ldm.guidance import GuidanceConfig
@@ -33,7 +31,7 @@ def evaluate(config: RunConfig) -> dict[str, float]:
     What is measured: the `weights:` of the trained part where the config names them, else the newest complete
     checkpoint of `run.dir`. Protocol: the stage's own held-out figures; and, where there are adapters, edge F1 (1 pixel
     tolerance) between the edges of the samples and the edges of the first adapter's hint, for samples with and without
-    the adapters on the same seeds, drawn as `sample.sampler` and `sample.guidance` say, for the ground truth (a ceiling),
+    the adapters on the same seeds, drawn as `sample.sampler` and `sample.guidance` say, for the ground truth (ceiling),
     and for ground truth paired with another item's hint (chance).
 
     Raises: ConfigError if the config has no stage, no held-out data or no weights.
@@ -48,7 +46,9 @@ def evaluate(config: RunConfig) -> dict[str, float]:
         data = build.data(config.validation.data, "validation.data")
         autocast = PRECISIONS[config.train.precision]
         with torch.autocast(rank.device.type, dtype=autocast, enabled=True) if autocast else nullcontext():
-            report = stage.validate(batches(data, config, rank.device), PICTURES, config.seed)
+            report = stage.validate(
+                held_out(data, config.validation.items, config.sample.batch, rank.device), PICTURES, config.seed
+            )
             figures = dict(report.figures)
             if isinstance(stage, DiffusionStage) and stage.uses:
                 figures |= obedience(stage, data, config, rank.device)
@@ -70,15 +70,9 @@ def _load_trained(stage: Stage, config: RunConfig) -> None:
         return
     folder = checkpoint.latest(Path(config.run.dir))
     if folder is None:
-        raise ConfigError(f"nothing to evaluate: no weights: for {', '.join(trained)}, no checkpoint in {config.run.dir}")
+        raise ConfigError(f"no weights: for {', '.join(trained)} and no checkpoint in {config.run.dir}: train first")
     for stem, module in stage.exports().items():
         checkpoint.load_weights(module, folder / f"{stem}.safetensors")
-
-
-def batches(data: ImageData, config: RunConfig, device: torch.device) -> Iterator[Batch]:
-    """`validation.items` held-out samples, always the same, in batches of `sample.batch`."""
-    for batch in DataLoader(spread(data, config.validation.items), batch_size=config.sample.batch, collate_fn=collate):
-        yield batch.to(device)
 
 
 def obedience(stage: DiffusionStage, data: ImageData, config: RunConfig, device: torch.device) -> dict[str, float]:
@@ -90,7 +84,7 @@ def obedience(stage: DiffusionStage, data: ImageData, config: RunConfig, device:
     guidance = GuidanceConfig(g.scale, g.rescale, g.start, g.end)
     scores: dict[str, list[Tensor]] = {"adapter": [], "base": [], "ground_truth": [], "chance": []}
     seen = 0
-    for batch in tqdm(batches(data, config, device), desc="obedience"):
+    for batch in tqdm(held_out(data, config.validation.items, config.sample.batch, device), desc="obedience"):
         hints = stage.hints(batch)
         seeds = [config.seed + seen + i for i in range(len(batch.keys))]
         size = (batch.image.shape[-2], batch.image.shape[-1])

@@ -20,7 +20,9 @@ from ldm.training.stage import Loss, Report, Stage
 
 @register("stage", "clip")
 class CLIPStage(Stage):
-    """Contrastive training; the batch is the set of negatives, so do not accumulate."""
+    """Contrastive training; the batch is the set of negatives, so it is never accumulated in parts."""
+
+    whole_batch = True
 
     def __init__(self, *, clip: CLIP) -> None:
         super().__init__()

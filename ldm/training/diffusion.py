@@ -3,7 +3,7 @@
 Rombach et al. 2022 (arXiv:2112.10752), Eq. 2; Zhang et al. 2023 (arXiv:2302.05543), Eq. 5, for adapters.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -171,23 +171,31 @@ class DiffusionStage(Stage):
     def validate(self, batches: Iterable[Batch], images: int, seed: int) -> Report:
         """Held-out loss on fixed noise and evenly spread timesteps; pictures with and without the adapters."""
         total, count = torch.zeros((), device=self.null_context().device), 0
-        shown: Batch | None = None
+        shown: list[Batch] = []
         for batch in batches:
-            shown = batch if shown is None else shown
             b = len(batch.keys)
+            if count < images:
+                shown.append(batch)
             draws = Draws(seed, range(count, count + b), batch.image.device)
             x0, context = self._encode(batch, draws)
-            t = (
-                torch.arange(count, count + b, device=x0.device) * 577 % self.schedule.steps
-            )  # 577: coprime to T, spreads
+            t = torch.arange(count, count + b, device=x0.device) * 577 % self.schedule.steps  # coprime to T: spreads
             hints = self.hints(batch)
             total += b * self._loss(x0, context, hints, t, draws.normal("noise", *x0.shape[1:]))
             count += b
-        assert shown is not None
         return Report({"loss": (total / count).item()}, self._pictures(shown, images, seed))
 
-    def _pictures(self, batch: Batch, images: int, seed: int) -> dict[str, Tensor]:
-        n = min(images, len(batch.keys))
+    def _pictures(self, batches: Sequence[Batch], images: int, seed: int) -> dict[str, Tensor]:
+        """Labelled columns: the hints, samples without and with the adapters, the ground truth."""
+        columns: dict[str, list[Tensor]] = {}
+        left, first = images, seed
+        for batch in batches:
+            n = min(left, len(batch.keys))
+            for label, pictures in self._columns(batch, n, first).items():
+                columns.setdefault(label, []).append(pictures)
+            left, first = left - n, first + n
+        return {label: torch.cat(parts) for label, parts in columns.items()}
+
+    def _columns(self, batch: Batch, n: int, seed: int) -> dict[str, Tensor]:
         models = generate.Models(self.denoiser, self.vae, self.text, self.schedule, self.objective)
         settings = {
             "prompts": batch.text[:n],

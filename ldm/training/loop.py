@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ldm import grid
 from ldm.config import RunConfig
-from ldm.data.images import ImageData, collate
+from ldm.data import subset
+from ldm.data.images import ImageData
 from ldm.registry import ConfigError
 from ldm.training import checkpoint, optim, stream
 from ldm.training import state as state_module
@@ -86,7 +86,12 @@ def _start(config: RunConfig, stage: Stage, run: Path, rank: Rank) -> State:
     """Optimizers and EMA for the trainable parameters; resume if the run folder has a complete checkpoint."""
     if config.train.precision not in PRECISIONS:
         raise ConfigError(f"train.precision is {config.train.precision!r}; allowed: {', '.join(PRECISIONS)}")
-    stream.split_batch(config.train, rank.world)  # refuse a batch that does not divide before anything is written
+    _, accumulation = stream.split_batch(config.train, rank.world)  # refused before anything is written
+    if accumulation > 1 and stage.whole_batch:
+        raise ConfigError(
+            f"train.micro_batch is {config.train.micro_batch}, which splits the batch into {accumulation} parts; "
+            "this stage contrasts the samples of a batch: drop micro_batch, lower train.batch or use more ranks"
+        )
     if rank.main:
         refuse_foreign(run)
     folder = checkpoint.latest(run)
@@ -235,7 +240,8 @@ def _validate(
         autocast = PRECISIONS[config.train.precision]
         averaged = state.ema.swapped() if state.ema else nullcontext()
         with averaged, torch.autocast(rank.device.type, dtype=autocast, enabled=autocast is not None):
-            batches = _held_out_batches(held_out, config, rank)
+            micro, _ = stream.split_batch(config.train, rank.world)  # what fits in memory
+            batches = subset.held_out(held_out, config.validation.items, min(32, micro), rank.device)
             report = stage.validate(batches, config.validation.images, config.seed)
         figures = {f"val_{k}": v for k, v in report.figures.items()}
         metrics.scalars(state.step, figures)
@@ -243,11 +249,3 @@ def _validate(
         if report.columns:
             grid.save(report.columns, run / "images" / f"step-{state.step:08d}.png")
     rank.barrier()
-
-
-def _held_out_batches(held_out: Dataset[Any], config: RunConfig, rank: Rank) -> Iterator[Any]:
-    n = min(config.validation.items, len(held_out))  # pyright: ignore[reportArgumentType]
-    subset = torch.utils.data.Subset(held_out, range(n))
-    micro, _ = stream.split_batch(config.train, rank.world)  # what fits in memory
-    for batch in DataLoader(subset, batch_size=min(32, micro), collate_fn=collate):
-        yield batch.to(rank.device)

@@ -32,6 +32,7 @@ class Stage(nn.Module, ABC):
     """One kind of training. The loop wraps it whole, so its forward sees every trainable parameter (DDP)."""
 
     partial = False  # True: some trainable parameters get no gradient in some forwards
+    whole_batch = False  # True: the loss couples the samples of a batch, so it must not be accumulated in parts
 
     @property
     @abstractmethod

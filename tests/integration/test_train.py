@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -194,3 +195,137 @@ def test_resuming_another_architecture_is_refused_and_nothing_is_lost(tmp_path: 
     with pytest.raises(ConfigError, match="use the config of that run"):
         start("vae", tmp_path, "train.steps=2", "train.batch=2", "model.vae.channels=[8,16]")
     assert (done / "model.safetensors").read_bytes() == before
+
+
+DISC = ["stage.disc_weight=0.5", "stage.disc_start=0", "stage.disc_width=8", "stage.disc_layers=1"]
+FIRST = ["train.steps=1", "train.batch=2", "train.ema=0.9", *DISC]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("stage.disc_weight=0", r"stage\.disc_weight=0\.5, not 0"),
+        ("seed=1", "seed=0, not 1"),
+        ("train.batch=4", r"train\.batch=2, not 4"),
+        ("data.length=32", r"data\.length=64, not 32"),
+        ("model.vae.groups=2", r"model\.vae\.groups="),
+        ("train.ema=null", r"EMA weights that train\.ema=null would drop"),
+        ("train.trainable=[decoder.*]", r"do not both train 'encoder\..*' of 'model'"),
+    ],
+)
+def test_what_a_run_may_not_change_while_it_goes_on_is_named(argument: str, message: str, tmp_path: Path) -> None:
+    start("vae", tmp_path, *FIRST)
+    with pytest.raises(ConfigError, match=message):
+        start("vae", tmp_path, *FIRST, "train.steps=2", argument)
+
+
+def test_a_run_may_go_on_with_other_steps_rates_and_precision(tmp_path: Path) -> None:
+    start("vae", tmp_path, *FIRST, "train.precision=bf16")
+    other = ["train.lr=1e-5", "train.weight_decay=0.5", "train.decay=cosine", "log.every=2", "checkpoint.keep_last=5"]
+    folder = start("vae", tmp_path, *FIRST, "train.steps=2", "train.precision=fp16", *other)
+    state = checkpoint.read_state(folder)
+    assert state["step"] == 2 and state["scaler"]["scale"] > 0
+    assert state["optimizers"]["model"]["param_groups"][0]["weight_decay"] == 0.5
+
+
+def test_averages_that_begin_with_a_resume_begin_at_the_trained_weights(tmp_path: Path) -> None:
+    more = ["train.batch=2", "train.lr=0.1"]
+    first = start("vae", tmp_path, "train.steps=1", "train.ema=null", *more)
+    trained = checkpoint.read_state(first)["parameters"]["model"]
+    last = start("vae", tmp_path, "train.steps=2", "train.ema=0.9", "train.batch=2", "train.lr=0")
+    averages = checkpoint.read_state(last)["ema"]["weights"].values()
+    for mean, value in zip(averages, trained, strict=True):
+        torch.testing.assert_close(mean, value)
+
+
+def test_states_without_names_and_config_are_taken_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = start("vae", tmp_path, *FIRST)
+    state = checkpoint.read_state(folder)
+    torch.save({k: v for k, v in state.items() if k not in ("names", "config")}, folder / "training.pt")
+    assert checkpoint.read_state(start("vae", tmp_path, *FIRST, "train.steps=2"))["step"] == 2
+    assert "only shapes are compared" in caplog.text
+
+
+def test_states_without_names_still_need_the_same_players(tmp_path: Path) -> None:
+    folder = start("vae", tmp_path, *FIRST)
+    state = checkpoint.read_state(folder)
+    torch.save({k: v for k, v in state.items() if k not in ("names", "config")}, folder / "training.pt")
+    with pytest.raises(ConfigError, match="trains model, discriminator, this config model;"):
+        start("vae", tmp_path, *FIRST, "train.steps=2", "stage.disc_weight=0")
+
+
+def test_parameters_are_told_apart_by_name(tmp_path: Path) -> None:
+    folder = start("vae", tmp_path, *FIRST)
+    state = checkpoint.read_state(folder)
+    state["names"]["model"][0] += "_before"
+    torch.save(state, folder / "training.pt")
+    with pytest.raises(ConfigError, match="do not both train"):
+        start("vae", tmp_path, *FIRST, "train.steps=2")
+
+
+def test_the_discriminator_gets_no_gradient_from_the_generators_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, counts = optim.adamw, []
+
+    def counting(parameters, cfg):
+        parameters, i = list(parameters), len(counts)
+        counts.append(0)
+
+        def count(_: torch.Tensor) -> None:
+            counts[i] += 1
+
+        parameters[0].register_post_accumulate_grad_hook(count)
+        return real(parameters, cfg)
+
+    monkeypatch.setattr(optim, "adamw", counting)
+    start("vae", tmp_path, *FIRST, "train.steps=3")
+    assert counts == [3, 3]
+
+
+def test_adapter_runs_can_be_started_from_adapter_runs(tmp_path: Path) -> None:
+    first = start("controlnet", tmp_path / "one", "train.steps=1", "train.ema=null")
+    again = ["train.steps=1", "train.ema=null", "train.lr=0", f"train.init_from={tmp_path / 'one'}"]
+    last = start("controlnet", tmp_path / "again", *again)
+    a, b = weights(first), weights(last)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    more = "adapters.more={name: controlnet, hint_widths: [8, 16, 32], hint: edge}"
+    first = start("controlnet", tmp_path / "two", "train.steps=1", "train.ema=null", more)
+    last = start("controlnet", tmp_path / "two again", *again[:-1], more, f"train.init_from={tmp_path / 'two'}")
+    for name in ("adapter.edge.safetensors", "adapter.more.safetensors"):
+        a, b = load_file(first / name), load_file(last / name)
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(ConfigError, match=r"init_from is .*, but this stage trains adapter\.edge, adapter\.more"):
+        start("controlnet", tmp_path / "file", *again[:-1], more, f"train.init_from={first / name}")
+
+
+def test_a_folder_that_is_no_run_keeps_its_files(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("mine")
+    with pytest.raises(ConfigError, match="so it is no run"):
+        start("vae", tmp_path, *FIRST)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("config.yaml", "mine")]
+
+
+def test_lines_of_steps_after_the_checkpoint_are_not_there_twice(tmp_path: Path) -> None:
+    more = ["train.batch=2", "checkpoint.every=2", "checkpoint.keep_last=0"]
+    start("vae", tmp_path, "train.steps=3", *more)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000003")  # as if interrupted after step 3's line
+    start("vae", tmp_path, "train.steps=4", *more)
+    assert [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_full_gpu_is_one_line_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr(optim, "adamw", full)
+    with pytest.raises(ConfigError, match=r"lower train\.micro_batch .*train\.checkpoint_activations=true") as caught:
+        start("vae", tmp_path, *FIRST)
+    assert "\n" not in str(caught.value)
+
+
+def test_contrastive_training_refuses_to_split_its_batch(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="contrasts the samples of a batch"):
+        start("clip", tmp_path, "train.steps=1", "train.micro_batch=4", "model.clip.image.image_size=16")

@@ -234,3 +234,31 @@ def test_what_does_not_fit_is_said(models: Models, draw: Callable[..., Tensor]) 
     assert multiple_of(models) == 4
     with pytest.raises(ValueError, match="multiples of 4"):
         images(models, ["a"], [0], size=(18, 16), sampler=DDIM(models.schedule, steps=2))
+
+
+class Nulled(Counting):
+    """Its unconditional branch hears a hint of zeros, as IP-Adapter's does."""
+
+    def null(self, hint: Tensor) -> Tensor:
+        return torch.zeros_like(hint)
+
+
+def test_the_unconditional_branch_hears_the_null_hint(models: Models) -> None:
+    adapter = Nulled(16)
+    heard: list[Tensor] = []
+    control = adapter.control
+    denoiser = Denoiser(models.denoiser.unet, {"n": adapter})
+
+    def listen(x_t: Tensor, t: Tensor, base: Control, prepared: Tensor) -> Control:
+        heard.append(prepared)
+        return control(x_t, t, base, prepared)
+
+    adapter.control = listen
+    hint = torch.rand(2, 3, *SIZE) + 0.1
+    only = Models(denoiser, models.vae, models.text, models.schedule, models.objective)
+    sampler = DDIM(models.schedule, steps=2)
+    images(only, ["a", "b"], [0, 1], size=SIZE, sampler=sampler, guidance=GuidanceConfig(scale=3.0), hints={"n": hint})
+    assert adapter.prepared == [2, 2]  # the hint and the null hint, once each, not once a step
+    for prepared in heard:
+        assert torch.equal(prepared[:2], torch.zeros(2))
+        torch.testing.assert_close(prepared[2:], hint.mean(dim=(1, 2, 3)))

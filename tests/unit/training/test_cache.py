@@ -9,7 +9,7 @@ def test_latents_are_pinned_with_all_their_tensors(monkeypatch: pytest.MonkeyPat
     pinned: list[torch.Tensor] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x.clone())
     mean, std, context, hint = (torch.rand(2, 3) for _ in range(4))
-    again = pin_memory(Latents(["a", "b"], mean, std, context, {"edge": hint}))  # as DataLoader does on CUDA
+    again: Latents = pin_memory(Latents(["a", "b"], mean, std, context, {"edge": hint}))  # as DataLoader does
     assert again.keys == ["a", "b"] and len(pinned) == 4
     for new, old in ((again.mean, mean), (again.std, std), (again.context, context), (again.hints["edge"], hint)):
-        assert new is not old and new.equal(old)
+        assert new is not old and torch.equal(new, old)

@@ -72,8 +72,18 @@ def test_views_and_transposed_weights_can_be_saved(tmp_path: Path) -> None:
 def test_state_is_never_unpickled(tmp_path: Path) -> None:
     folder = write(tmp_path, 1)
     torch.save({"step": Path("x")}, folder / "training.pt")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ConfigError, match="not readable") as caught:
         checkpoint.read_state(folder)
+    assert isinstance(caught.value.__cause__, pickle.UnpicklingError)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 400])
+def test_damaged_state_gets_one_line(tmp_path: Path, keep: int) -> None:
+    path = write(tmp_path, 1) / "training.pt"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ConfigError, match=r"training\.pt is not readable .* from the checkpoint before it") as caught:
+        checkpoint.read_state(path.parent)
+    assert "\n" not in str(caught.value)
 
 
 def test_only_the_newest_complete_checkpoints_are_kept(tmp_path: Path) -> None:

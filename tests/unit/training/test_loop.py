@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.config import LogConfig, RunConfig, TrainConfig
+from ldm.config import RunConfig, TrainConfig
+from ldm.data.synthetic import SyntheticData, SyntheticOptions
 from ldm.registry import ConfigError
 from ldm.training.distributed import Rank
-from ldm.training.loop import State, _read_window
-from ldm.training.metrics import Metrics
+from ldm.training.loop import _held_out_batches, _read_window
+from ldm.training.state import State
 
 RANK = Rank(0, 1, torch.device("cpu"))
 CONFIG = RunConfig(train=TrainConfig(lr=0.5, max_nonfinite=2))
@@ -75,15 +76,24 @@ def test_window_without_one_good_step_has_no_loss(tmp_path: Path) -> None:
     assert math.isnan(values["loss"]) and values["skipped"] == 1.0
 
 
-def test_metrics_are_json_lines(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path, LogConfig())
-    metrics.scalars(10, {"loss": 0.5})
-    metrics.scalars(20, {"val_loss": 0.25})
-    metrics.close()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 10, "loss": 0.5}, {"step": 20, "val_loss": 0.25}]
+def test_steps_that_fp16_skips_to_find_its_loss_scale_are_no_faults(tmp_path: Path) -> None:
+    state = state_after(
+        {"loss": 1.0, "grad_norm": math.inf, "loss_scale": 65536.0},
+        {"loss": 1.0, "grad_norm": math.nan, "loss_scale": 32768.0},
+        {"loss": 3.0, "grad_norm": 1.0, "loss_scale": 16384.0},
+    )
+    values = _read_window(state, tmp_path, CONFIG, RANK)
+    assert (values["loss"], values["skipped"], state.skipped_in_a_row) == (3.0, 0.0, 0)
+    assert not (tmp_path / "nonfinite").exists()
 
 
-def test_unknown_wandb_mode_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"log\.wandb is 'on'; allowed: disabled, offline, online"):
-        Metrics(tmp_path, LogConfig(wandb="on"))
+@pytest.mark.parametrize("fault", [{"grad_norm": math.inf, "loss_scale": 1.0}, {"loss": math.nan, "loss_scale": 64.0}])
+def test_fp16_faults_that_no_loss_scale_mends_are_dumped(fault: dict[str, float], tmp_path: Path) -> None:
+    assert _read_window(state_after({"loss": 1.0} | fault), tmp_path, CONFIG, RANK)["skipped"] == 1.0
+    assert (tmp_path / "nonfinite").exists()
+
+
+def test_held_out_batches_are_no_larger_than_what_training_holds() -> None:
+    config = RunConfig(train=TrainConfig(batch=64, micro_batch=2))
+    held_out = SyntheticData(SyntheticOptions(size=16, length=5))
+    assert [len(b.keys) for b in _held_out_batches(held_out, config, RANK)] == [2, 2, 1]

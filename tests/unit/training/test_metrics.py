@@ -1,0 +1,85 @@
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ldm.config import LogConfig, RunConfig
+from ldm.registry import ConfigError
+from ldm.training.metrics import Metrics, describe_run, refuse_foreign
+
+
+def fake_wandb(monkeypatch: pytest.MonkeyPatch, error: str | None = None) -> list[dict[str, Any]]:
+    """Put a recorder in place of the wandb package; what its `init` got is appended to the result."""
+    calls: list[dict[str, Any]] = []
+
+    class Error(Exception):
+        pass
+
+    def init(**settings: Any) -> SimpleNamespace:
+        if error:
+            raise Error(error)
+        calls.append(settings)
+        return SimpleNamespace(finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Error))
+    return calls
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_are_json_lines(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, LogConfig())
+    metrics.scalars(10, {"loss": 0.5})
+    metrics.scalars(20, {"val_loss": 0.25})
+    metrics.close()
+    assert lines(tmp_path) == [{"step": 10, "loss": 0.5}, {"step": 20, "val_loss": 0.25}]
+
+
+def test_steps_that_will_come_again_are_dropped(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, LogConfig())
+    for step in (10, 20, 30):
+        metrics.scalars(step, {"loss": float(step)})
+    with metrics.file.open("a") as file:
+        file.write('{"step": 4')  # a crash in the middle of a line
+    Metrics(tmp_path, LogConfig(), step=20).scalars(30, {"loss": 0.0})
+    assert lines(tmp_path) == [{"step": 10, "loss": 10.0}, {"step": 20, "loss": 20.0}, {"step": 30, "loss": 0.0}]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_unknown_wandb_mode_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"log\.wandb is 'on'; allowed: disabled, offline, online"):
+        Metrics(tmp_path, LogConfig(wandb="on"))
+
+
+def test_runs_in_folders_of_one_name_have_their_own_wandb_id_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = fake_wandb(monkeypatch)
+    folders = [tmp_path / "tiny" / "ldm", tmp_path / "emoji" / "ldm"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    for folder in (*folders, folders[0]):
+        Metrics(folder, LogConfig(wandb="offline")).close()
+    tiny, emoji, again = (call["id"] for call in calls)
+    assert tiny == again != emoji
+
+
+def test_wandb_that_does_not_start_gets_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_wandb(monkeypatch, error="No API key configured.\nUse wandb login")
+    with pytest.raises(ConfigError, match=r"No API key configured\. Use wandb login.*log in, or set log\.wandb"):
+        Metrics(tmp_path, LogConfig(wandb="online"))
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
+    refuse_foreign(tmp_path)
+    refuse_foreign(tmp_path / "new")
+    (tmp_path / "config.yaml").write_text("mine")
+    with pytest.raises(ConfigError, match=r"has files but no starts\.jsonl, so it is no run; name a new folder"):
+        refuse_foreign(tmp_path)
+    describe_run(RunConfig(), tmp_path / "run")
+    refuse_foreign(tmp_path / "run")
