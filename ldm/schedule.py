@@ -226,7 +226,7 @@ def timesteps(spacing: str, n: int, T: int = 1000, offset: int = 1) -> tuple[int
     if spacing == "trailing":
         return tuple(round(T - k * T / n) - 1 for k in range(n))
     if spacing == "linspace":
-        return tuple(round((T - 1) * (1 - k / max(n - 1, 1))) for k in range(n))
+        return tuple(round(k * ((T - 1) / max(n - 1, 1))) for k in reversed(range(n))) if n > 1 else (T - 1,)
     raise ConfigError(f"sampler.spacing is {spacing!r}; allowed: leading, trailing, linspace; choose one of these")
 
 

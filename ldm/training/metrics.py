@@ -93,9 +93,10 @@ def _start_wandb(run: Path, log: LogConfig) -> Any:
     file = run / "wandb-id.txt"
     if not file.exists():
         file.write_text(uuid.uuid4().hex)
-    settings = {"project": log.project, "name": run.name, "id": file.read_text().strip(), "dir": str(run)}
+    mode: Any = log.wandb
+    own_id = file.read_text().strip()
     try:
-        return wandb.init(**settings, mode=log.wandb, resume="allow")
+        return wandb.init(project=log.project, name=run.name, id=own_id, dir=str(run), mode=mode, resume="allow")
     except wandb.Error as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"wandb did not start ({reason}); log in, or set log.wandb=offline or disabled") from error

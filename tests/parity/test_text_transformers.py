@@ -92,7 +92,7 @@ def test_missing_rows_are_refused() -> None:
     state = {
         k: v for k, v in reference(config).state_dict().items() if not k.endswith("layers.1.self_attn.k_proj.bias")
     }
-    with pytest.raises(ValueError, match=r"1 keys are missing: encoder.layers.1.self_attn.k_proj.bias"):
+    with pytest.raises(ValueError, match=r"1 keys are missing: text_model.encoder.layers.1.self_attn.k_proj.bias"):
         transformers_text(config).to_ours(state)
 
 

@@ -86,9 +86,8 @@ def test_f8_has_every_tensor_of_the_reference() -> None:
 
 def test_foreign_keys_are_refused() -> None:
     keys = diffusers_vae(CONFIGS["f4"])
-    with pytest.raises(
-        ValueError, match=r"1 keys are not in this layout: encoder.conv_inn.weight; check that the config"
-    ):
+    said = r"1 keys are not in this layout: encoder.conv_inn.weight \(nearest: encoder.conv_in.weight\); check that the"
+    with pytest.raises(ValueError, match=said):
         keys.to_ours({"encoder.conv_inn.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"1 keys have no name in this layout: encoder.nothing"):
         keys.to_theirs({"encoder.nothing": torch.zeros(1)})

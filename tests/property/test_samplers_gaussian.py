@@ -21,13 +21,30 @@ from ldm.schedule import Schedule
 
 SCHEDULE = Schedule()
 VARIANTS = [
-    *({"name": name} for name in names("sampler")),
+    # LCM is left out: it wants x0 from a distilled network, the end of the flow and not the mean of what is possible.
+    *({"name": name} for name in names("sampler") if name != "lcm"),
     {"name": "ddim", "eta": 0.5},
     {"name": "ddim", "eta": 1.0},
     {"name": "ddim", "spacing": "trailing", "final": "one"},
     {"name": "ddim", "spacing": "linspace"},
     {"name": "ddpm", "variance": "fixed_large"},
     {"name": "ddpm", "spacing": "trailing"},
+    {"name": "plms", "spacing": "trailing", "final": "one"},
+    {"name": "euler", "spacing": "leading", "offset": 1},
+    *({"name": name, "sigmas": "karras", "final": "first"} for name in ("euler", "euler_ancestral", "heun", "unipc")),
+    *({"name": name, "sigmas": "exponential", "final": "first"} for name in ("dpmpp_2m", "dpmpp_2m_sde")),
+]
+EVEN = {"sigmas": "exponential", "final": "first"}  # equal steps in log sigma, and no jump to zero sigma at the end
+ORDERS: list[tuple[dict[str, object], float]] = [
+    ({"name": "ddim"}, 1),
+    ({"name": "ddim", "spacing": "trailing", "final": "one"}, 1),
+    ({"name": "plms"}, 2),
+    ({"name": "euler", **EVEN}, 1),
+    ({"name": "euler_ancestral", **EVEN}, 1),
+    ({"name": "heun", **EVEN}, 2),
+    ({"name": "dpmpp_2m", **EVEN}, 2),
+    ({"name": "dpmpp_2m_sde", **EVEN}, 2),  # of the mean and variance; single paths converge with order 1
+    ({"name": "unipc", **EVEN}, 3),  # the corrector raises the order of the predictor by one
 ]
 
 
@@ -91,3 +108,26 @@ def test_sampler_reaches_the_datas_mean_and_variance(node: dict[str, object], me
 def test_more_steps_come_closer(node: dict[str, object]) -> None:
     coarse, fine = (errors(node, steps, Gaussian(1.0, 0.5)) for steps in (25, 100))
     assert sum(fine) < 0.5 * sum(coarse) + 1e-6
+
+
+@pytest.mark.parametrize(("node", "order"), ORDERS, ids=str)
+def test_error_falls_at_the_methods_order(node: dict[str, object], order: float) -> None:
+    coarse, fine = (sum(errors(node, steps, Gaussian(1.0, 0.5))) for steps in (20, 80))
+    assert order - 0.15 < math.log(coarse / fine, 4) < order + 0.5
+
+
+def test_lcm_with_the_exact_consistency_function() -> None:
+    """It maps x_t to the end of the flow through it: the same number of standard deviations from the mean."""
+    data, sampler = Gaussian(1.0, 0.5), build("sampler", {"name": "lcm", "steps": 4}, schedule=SCHEDULE)
+
+    def consistent(x: Tensor, t: float) -> Prediction:
+        noised, constant = data.at(SCHEDULE.a_bar_at(t)), torch.zeros_like(x)
+        constant[0] = 1.0
+        return Prediction(data.mean * constant + data.std / noised.std * (x - noised.mean * constant), x)
+
+    start, draw = data.at(sampler.levels[0]), Draws(6)
+    x_T = start.std * draw()
+    x_T[0] = start.mean
+    x = sampler.sample(consistent, x_T, draw)
+    assert x[0].item() == pytest.approx(data.mean, abs=1e-5)
+    assert x[1:].square().sum().sqrt().item() == pytest.approx(data.std, abs=1e-5)

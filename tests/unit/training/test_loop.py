@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from ldm.config import RunConfig, TrainConfig
-from ldm.data.synthetic import SyntheticData, SyntheticOptions
 from ldm.registry import ConfigError
 from ldm.training.distributed import Rank
-from ldm.training.loop import _held_out_batches, _read_window
+from ldm.training.loop import _read_window
 from ldm.training.state import State
 
 RANK = Rank(0, 1, torch.device("cpu"))
@@ -91,9 +90,3 @@ def test_steps_that_fp16_skips_to_find_its_loss_scale_are_no_faults(tmp_path: Pa
 def test_fp16_faults_that_no_loss_scale_mends_are_dumped(fault: dict[str, float], tmp_path: Path) -> None:
     assert _read_window(state_after({"loss": 1.0} | fault), tmp_path, CONFIG, RANK)["skipped"] == 1.0
     assert (tmp_path / "nonfinite").exists()
-
-
-def test_held_out_batches_are_no_larger_than_what_training_holds() -> None:
-    config = RunConfig(train=TrainConfig(batch=64, micro_batch=2))
-    held_out = SyntheticData(SyntheticOptions(size=16, length=5))
-    assert [len(b.keys) for b in _held_out_batches(held_out, config, RANK)] == [2, 2, 1]

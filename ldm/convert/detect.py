@@ -1,0 +1,223 @@
+"""What a file holds, told from its tensor names and shapes alone."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm import registry
+from ldm.convert import infer
+from ldm.convert.infer import Config, ControlNetConfig, ProjectedTextConfig
+from ldm.convert.keymap import Renamed, grouped, nearest
+from ldm.models.text import TextConfig, TextEncoder
+from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae import VAE, VAEConfig
+from ldm.registry import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Where one network is found: names that begin with `prefix`, one of which is `prefix + probe`."""
+
+    component: str
+    layout: str
+    naming: str
+    prefix: str
+    probe: str
+
+
+_CONV, _WORDS = "encoder.conv_in.weight", "embeddings.token_embedding.weight"
+SECTIONS = (  # of whole files, several at once; the first of each component is the one that is written
+    Section("unet", "original", "original", "model.diffusion_model.", "input_blocks.0.0.weight"),
+    Section("vae", "original", "original", "first_stage_model.", _CONV),
+    Section("text", "original", "transformers", "cond_stage_model.transformer.", _WORDS),
+    Section("text", "original", "open_clip", "cond_stage_model.model.", "token_embedding.weight"),
+    Section("text", "original", "transformers", "conditioner.embedders.0.transformer.", _WORDS),
+    Section("text_2", "original", "open_clip", "conditioner.embedders.1.model.", "token_embedding.weight"),
+    Section("text_2", "original", "open_clip", "conditioner.embedders.0.model.", "token_embedding.weight"),  # refiner
+    Section("controlnet", "original", "original", "control_model.", "input_hint_block.0.weight"),
+)
+BARE = (  # of files of one network: the first whose probe is there
+    Section("controlnet", "standalone", "original", "", "input_hint_block.0.weight"),
+    Section("controlnet", "diffusers", "diffusers", "", "controlnet_cond_embedding.conv_in.weight"),
+    Section("controlnet", "ours", "ours", "", "hint.convs.0.weight"),
+    Section("unet", "standalone", "original", "", "input_blocks.0.0.weight"),
+    Section("unet", "diffusers", "diffusers", "", "down_blocks.0.resnets.0.conv1.weight"),
+    Section("unet", "ours", "ours", "", "encoder.levels.0.blocks.0.res.conv1.weight"),
+    Section("vae", "standalone", "original", "", "encoder.down.0.block.0.conv1.weight"),
+    Section("vae", "diffusers", "diffusers", "", "encoder.down_blocks.0.resnets.0.conv1.weight"),
+    Section("vae", "ours", "ours", "", "encoder.levels.0.blocks.0.conv1.weight"),
+    Section("text_2", "diffusers", "transformers", "", "text_projection.weight"),
+    Section("text_2", "ours", "ours", "", "text_proj"),
+    Section("text", "diffusers", "transformers", "", f"text_model.{_WORDS}"),
+    Section("text", "diffusers", "transformers", "", _WORDS),
+    Section("text", "ours", "ours", "", "token_embedding.weight"),
+)
+FOREIGN = (  # files that are no model of their own: pattern of a name, what it is, what to do
+    (r"^difference$", "a 'difference' ControlNet (stored minus the base UNet)", "use the full ControlNet file"),
+    (r"lora_controlnet", "a Control-LoRA", "use a full ControlNet file"),
+    (
+        r"^lora_(te|unet)|\.lora_(up|down|A|B)\b|[._]lora\.(up|down)\b",
+        "a LoRA (changes to a model)",
+        "merge it into its base model first",
+    ),
+    (r"^ip_adapter\.", "an IP-Adapter", "name a UNet, VAE, text encoder or ControlNet"),
+    (r"^(string_to_param|emb_params)", "a textual inversion", "name a UNet, VAE, text encoder or ControlNet"),
+    (r"(double|joint|single)_blocks\.0\.", "a diffusion transformer (SD3, FLUX)", "use SD1.x, SD2.x or SDXL weights"),
+)
+KEPT = re.compile(  # buffers of training checkpoints: the schedule follows from the config
+    r"^(betas|(sqrt_)?(one_minus_)?alphas_cumprod(_prev)?|(sqrt|log)_one_minus_alphas_cumprod"
+    r"|sqrt_recip(m1)?_alphas_cumprod|posterior_\w+|lvlb_weights|logvar|scale_factor|denoiser\.\w+)$"
+)
+DROPPED = re.compile(r"^model_ema\.")
+READERS: dict[str, Callable[[Mapping[str, Tensor], str], tuple[Config, Renamed]]] = {
+    "unet": infer.unet,
+    "vae": infer.vae,
+    "text": infer.text,
+    "text_2": infer.projected_text,
+    "controlnet": infer.controlnet,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One network of a file.
+
+    Attributes:
+        section: where it was found.
+        config: its shape.
+        tensors: under our names.
+        unused: names in the file of tensors that this project does not use.
+        problems: what keeps it from being loaded, one phrase each; empty if it is whole.
+    """
+
+    section: Section
+    config: Config
+    tensors: dict[str, Tensor]
+    unused: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """Networks of a file, the names of kept and dropped buffers, and names that belong nowhere."""
+
+    parts: tuple[Part, ...]
+    kept: tuple[str, ...]
+    dropped: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def foreign(state: Mapping[str, Tensor]) -> str | None:
+    """What a file is that no model can be read from, with the next move; None for model weights."""
+    for pattern, what, then in FOREIGN:
+        if any(re.search(pattern, key) for key in state):
+            return f"{what}; {then}"
+    return None
+
+
+def contents(state: Mapping[str, Tensor]) -> Contents:
+    """Find every network of a state dict.
+
+    Raises: ConfigError if there is none, or one without the tensors that tell its shape.
+    """
+    if what := foreign(state):
+        raise ConfigError(f"this is {what}")
+    sections = [s for s in SECTIONS if any(key.startswith(s.prefix) for key in state)]
+    sections = sections or [s for s in BARE if s.probe in state][:1]
+    if not sections:
+        some = grouped(sorted(state))
+        raise ConfigError(f"no known model among {len(state)} tensors ({some}); known: SD1/2, SDXL, VAE, ControlNet")
+    parts = tuple(_part(state, section) for section in sections)
+    prefixes = tuple(s.prefix for s in sections)
+    rest = [key for key in state if not key.startswith(prefixes)]
+    kept = tuple(k for k in rest if KEPT.search(k))
+    dropped = tuple(k for k in rest if DROPPED.search(k))
+    return Contents(parts, kept, dropped, tuple(sorted(set(rest) - set(kept) - set(dropped))))
+
+
+def _part(state: Mapping[str, Tensor], section: Section) -> Part:
+    inner = {k[len(section.prefix) :]: v for k, v in state.items() if k.startswith(section.prefix)}
+    try:
+        config, renamed = READERS[section.component](inner, section.naming)
+    except ConfigError as error:
+        place = section.prefix + "*" if section.prefix else section.layout
+        raise ConfigError(f"{section.component} ({place}): {error}; download it again") from error
+    unused = tuple(section.prefix + key for key in renamed.ignored)
+    return Part(section, config, renamed.tensors, unused, tuple(_problems(config, renamed)))
+
+
+def _problems(config: Config, renamed: Renamed) -> list[str]:
+    """Missing, unexpected and mis-shaped tensors, each group in a phrase."""
+    wanted = shapes(config)
+    missing = sorted(wanted.keys() - renamed.tensors.keys())
+    foreign_keys = sorted(renamed.tensors.keys() - wanted.keys())
+    out: list[str] = []
+    if missing:
+        near = nearest(missing, renamed.unknown)
+        out.append(f"{len(missing)} of {len(wanted)} tensors missing: {grouped(missing, near)}")
+    if unknown := [*renamed.unknown, *foreign_keys]:
+        out.append(f"{len(unknown)} unexpected: {grouped(unknown, renamed.near)}")
+    wrong = {
+        key: f"{key} {tuple(value.shape)} (expected {tuple(wanted[key])})"
+        for key, value in renamed.tensors.items()
+        if key in wanted and value.shape != wanted[key]
+    }
+    if wrong:
+        out.append(f"{len(wrong)} of another shape: {next(iter(wrong.values()))}")
+    return out
+
+
+def shapes(config: Config) -> dict[str, torch.Size]:
+    """Our name -> shape of every tensor of a network, from the network itself on the meta device."""
+    if isinstance(config, ProjectedTextConfig):
+        return {**shapes(config.text), "text_proj": torch.Size((config.text.width, config.dim))}
+    with torch.device("meta"):
+        if isinstance(config, ControlNetConfig):
+            options: dict[str, Any] = {"hint_channels": config.hint_channels, "hint_widths": config.hint_widths}
+            net = registry.build("adapter", {"name": "controlnet", **options}, unet=UNet(config.unet))
+        elif isinstance(config, UNetConfig):
+            net = UNet(config)
+        else:
+            net = VAE(config) if isinstance(config, VAEConfig) else TextEncoder(config)
+    return {key: value.shape for key, value in net.state_dict().items()}
+
+
+def architecture(config: Config) -> str:
+    """The published model that a network has the shape of, or its shape in words."""
+    if isinstance(config, ControlNetConfig):
+        return f"ControlNet for {architecture(config.unet)}"
+    if isinstance(config, ProjectedTextConfig):
+        return f"{architecture(config.text)} with projection to {config.dim}"
+    if isinstance(config, VAEConfig):
+        return (
+            f"KL-VAE f={2 ** (len(config.channels) - 1)}, channels {config.channels}, latent {config.latent_channels}"
+        )
+    if isinstance(config, TextConfig):
+        name = TEXTS.get((config.width, config.layers))
+        return f"{name or 'CLIP text'} ({config.width} wide, {config.layers} layers)"
+    family = FAMILIES.get((config.channels, config.context_dim, config.linear_proj, config.vector_dim))
+    variant = {4: "", 5: " depth", 8: " image editing (8 channels)", 9: " inpainting"}
+    name = (
+        f"{family}{variant.get(config.in_channels, f' ({config.in_channels} channels)')}" if family else "custom UNet"
+    )
+    shape = f"channels {config.channels}, depth {config.depth}, in {config.in_channels}, context {config.context_dim}"
+    return f"{name} ({shape})"
+
+
+TEXTS = {
+    (768, 12): "CLIP ViT-L/14",
+    (1024, 24): "OpenCLIP ViT-H/14",
+    (1024, 23): "OpenCLIP ViT-H/14 less its last layer",
+    (1280, 32): "OpenCLIP ViT-bigG/14",
+}
+_WIDE = (320, 640, 1280, 1280)
+FAMILIES = {
+    (_WIDE, 768, False, None): "SD1.x",
+    (_WIDE, 1024, True, None): "SD2.x",  # eps or v leaves no trace in the weights
+    ((320, 640, 1280), 2048, True, 2816): "SDXL base",
+    ((384, 768, 1536, 1536), 1280, True, 2560): "SDXL refiner",
+}

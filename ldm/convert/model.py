@@ -1,0 +1,258 @@
+"""Models in and out: `inspect`, `load`, `import_model` and `export` over any published layout."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.convert import detect, files, infer
+from ldm.convert.detect import SECTIONS, Contents, Part
+from ldm.convert.infer import Config, UNetConfig
+from ldm.convert.keymap import grouped
+from ldm.registry import ConfigError
+
+LAYOUTS = ("original", "diffusers", "controlnet_original", "controlnet_standalone", "controlnet_diffusers")
+SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Networks under our names, and buffers under the names of the layout that they came from.
+
+    Attributes:
+        parts: component ("unet", "vae", "text", "text_2", "controlnet") -> config and tensors.
+        extras: what the networks do not use; names of a diffusers folder begin with "<folder>/".
+    """
+
+    parts: dict[str, tuple[Config, dict[str, Tensor]]]
+    extras: dict[str, Tensor]
+
+
+def read(paths: Sequence[Path], ema: bool = False) -> Model:
+    """Every network of files or folders in any layout, strictly.
+
+    Args:
+        paths: files, diffusers folders, or folders written by `import_model`.
+        ema: take the UNet's averaged weights of a training checkpoint.
+
+    Raises: ConfigError if a file is unreadable, no model, incomplete, of mixed layouts, or not finite.
+    """
+    parts: dict[str, tuple[Config, dict[str, Tensor]]] = {}
+    extras: dict[str, Tensor] = {}
+    for name, file in (item for path in paths for item in files.sources(path).items()):
+        state = files.read(file)
+        if name == files.EXTRAS:
+            extras |= state
+            continue
+        found = _contents(with_ema(state, file) if ema else state, file)
+        if found.unknown:
+            raise ConfigError(f"{file} has {len(found.unknown)} tensors of no known model: {grouped(found.unknown)}")
+        for part in found.parts:
+            component = name or part.section.component
+            if component in parts:
+                raise ConfigError(f"{file} has a second {component}; give one file for each network")
+            parts[component] = (part.config, _whole(part, file))
+            extras |= _unused(part, component, state)
+        extras |= {key: state[key] for key in found.kept}
+    return Model(parts, extras)
+
+
+def _unused(part: Part, component: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Buffers and heads that the network does not use, less what only training needed."""
+    places = {"original": "", "diffusers": next((f"{f}/" for f, c in files.FOLDERS.items() if c == component), "")}
+    if part.section.layout not in places:
+        return {}
+    kept = (key for key in part.unused if not re.search(r"(^|\.)(loss|model_ema|visual)\.", key))
+    return {places[part.section.layout] + key: state[key] for key in kept}
+
+
+def load(path: Path, component: str) -> dict[str, Tensor]:
+    """One network of a file or folder in any layout, under our names; the tensors are mapped from the file.
+
+    Args:
+        path: file or folder.
+        component: unet | vae | text | text_2 | controlnet.
+
+    Raises: ConfigError as `read`, or if the file has no such network.
+    """
+    all_files = files.sources(path)
+    file = all_files.get(component) or all_files.get("")
+    if file is None:
+        raise ConfigError(f"{path} has {', '.join(all_files)}, no {component}; name a file or folder that has one")
+    found = {p.section.component: p for p in _contents(files.read(file), file).parts}
+    if component not in found:
+        raise ConfigError(f"{file} holds {', '.join(found)}, no {component}; name a file or folder that has one")
+    return _whole(found[component], file)
+
+
+def _contents(state: Mapping[str, Tensor], file: Path) -> Contents:
+    try:
+        return detect.contents(state)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def _whole(part: Part, file: Path) -> dict[str, Tensor]:
+    if part.problems:
+        raise ConfigError(f"{file}: {part.section.component} does not fit ({'; '.join(part.problems)})")
+    if bad := _not_finite(part.tensors):
+        raise ConfigError(
+            f"{file}: {part.section.component} has NaN or infinite values in {len(bad)} tensors ({grouped(bad)}); "
+            "download it again or use a file of another precision"
+        )
+    return part.tensors
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [k for k, v in tensors.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+
+
+def with_ema(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The state dict with the UNet's averaged weights, whose names have no dots. Raises: ConfigError if it has none."""
+    averaged = {k: "model_ema." + k[len("model.") :].replace(".", "") for k in state if k.startswith("model.diffusion")}
+    missing = [key for key, name in averaged.items() if name not in state]
+    if missing or not averaged:
+        raise ConfigError(f"{file} lacks the averaged weights (model_ema.*) of {len(missing)} tensors; drop --ema")
+    return {k: state[averaged.get(k, k)] for k in state}
+
+
+def inspect(path: Path) -> list[str]:
+    """What a file or folder holds, in lines: layout, architecture, size, dtype, what is missing.
+
+    Raises: ConfigError if it cannot be read or holds no known model.
+    """
+    lines: list[str] = []
+    for file in files.sources(path).values():
+        state = files.read(file)
+        size = sum(v.numel() * v.element_size() for v in state.values())
+        lines.append(f"{file}: {len(state)} tensors, {size / 1e6:.1f} MB")
+        if what := detect.foreign(state):
+            lines.append(f"  layout: {what}")
+        elif file.stem == files.EXTRAS:
+            lines.append("  buffers that no network uses")
+        else:
+            lines += _described(_contents(state, file))
+    return lines
+
+
+def _described(found: Contents) -> list[str]:
+    layouts = sorted({part.section.layout for part in found.parts})
+    lines = [f"  layout: {', '.join(layouts)}"]
+    for part in found.parts:
+        kinds = ", ".join(sorted({SHORT.get(v.dtype, str(v.dtype)) for v in part.tensors.values()}))
+        count = sum(v.numel() for v in part.tensors.values())
+        name = detect.architecture(part.config)
+        lines.append(f"  {part.section.component}: {name}, {len(part.tensors)} tensors, {count:,} parameters, {kinds}")
+        bad = _not_finite(part.tensors)
+        problems = [*part.problems, *([f"NaN or infinite values in {grouped(bad)}"] if bad else [])]
+        lines += [f"    {problem}" for problem in problems or ["complete"]]
+    if "original" in layouts:
+        absent = {"unet", "vae", "text"} - {part.section.component for part in found.parts}
+        lines += [f"  not in this file: {', '.join(sorted(absent))}"] if absent else []
+    lines += [f"  buffers: {grouped(found.kept)}"] if found.kept else []
+    lines += [f"  averaged weights (--ema): {len(found.dropped)} tensors"] if found.dropped else []
+    lines += [f"  unknown: {grouped(found.unknown)}"] if found.unknown else []
+    return lines
+
+
+def import_model(path: Path, out: Path, ema: bool = False) -> list[Path]:
+    """Write every network of a file or folder as `out/<component>.safetensors`, dtypes and values unchanged.
+
+    What the networks do not use goes to `out/extras.safetensors`, so that `export` gives back the same tensors.
+
+    Returns: the files written.
+    Raises: ConfigError as `read`; nothing is written then.
+    """
+    model = read([path], ema)
+    if not model.parts:
+        raise ConfigError(f"{path} holds no network; give a model file or a diffusers folder")
+    written: list[Path] = []
+    for component, (config, tensors) in model.parts.items():
+        header = {"component": component, "config": json.dumps(dataclasses.asdict(config)), "source": path.name}
+        written.append(out / f"{component}.safetensors")
+        files.write(written[-1], tensors, header)
+    if model.extras:
+        written.append(out / f"{files.EXTRAS}.safetensors")
+        files.write(written[-1], model.extras, {"component": files.EXTRAS})
+    return written
+
+
+def export(paths: Sequence[Path], layout: str, out: Path) -> list[Path]:
+    """Write models in a published layout.
+
+    Args:
+        paths: files or folders in any layout, ours among them.
+        layout: one of LAYOUTS; "diffusers" writes a folder of weight files, the others one file.
+        out: file, or folder for "diffusers".
+
+    Returns: the files written.
+    Raises: ConfigError as `read`, or if the layout has no place for what was given.
+    """
+    if layout not in LAYOUTS:
+        raise ConfigError(f"layout is {layout!r}, must be one of {', '.join(LAYOUTS)}")
+    if layout != "diffusers" and out.suffix != ".safetensors":
+        raise ConfigError(f"--out is {out}, must end in .safetensors for layout {layout}")
+    model = read(paths)
+    if layout == "diffusers":
+        return _export_folder(model, out)
+    wanted = {"controlnet"} if layout.startswith("controlnet") else set(model.parts)
+    if not wanted or wanted - model.parts.keys():
+        raise ConfigError(f"layout {layout} needs a controlnet; given: {', '.join(model.parts) or 'no network'}")
+    tensors: dict[str, Tensor] = {}
+    for component in sorted(wanted):
+        tensors |= _published(model, component, layout)
+    if layout == "original":
+        tensors |= {key: value for key, value in model.extras.items() if "/" not in key}
+    files.write(out, tensors, {})
+    return [out]
+
+
+def _published(model: Model, component: str, layout: str) -> dict[str, Tensor]:
+    config, tensors = model.parts[component]
+    if layout in ("controlnet_standalone", "controlnet_diffusers"):
+        naming, prefix = "diffusers" if layout.endswith("diffusers") else "original", ""
+    else:
+        section = _place(model, component)
+        naming, prefix = section.naming, section.prefix
+    return {prefix + k: v for k, v in infer.keymap(config, naming).to_theirs(tensors).items()}
+
+
+def _place(model: Model, component: str) -> detect.Section:
+    """Where a single file has a component: text towers moved with every generation."""
+    candidates = [section for section in SECTIONS if section.component == component]
+    if component == "text":
+        sd1, sd2, sdxl = candidates
+        return {"sd1": sd1, "sd2": sd2, "sdxl": sdxl}[_generation(model)]
+    if component == "text_2":
+        return candidates[0] if "text" in model.parts or "unet" not in model.parts else candidates[1]
+    return candidates[0]
+
+
+def _generation(model: Model) -> str:
+    unet = model.parts.get("unet", (None, {}))[0]
+    if "text_2" in model.parts or (isinstance(unet, UNetConfig) and unet.vector_dim):
+        return "sdxl"
+    if isinstance(unet, UNetConfig):
+        return "sd2" if unet.linear_proj else "sd1"
+    text = model.parts["text"][0]
+    return "sd2" if isinstance(text, infer.TextConfig) and text.activation == "gelu" else "sd1"
+
+
+def _export_folder(model: Model, out: Path) -> list[Path]:
+    written: list[Path] = []
+    for folder, component in files.FOLDERS.items():
+        if component in model.parts:
+            config, tensors = model.parts[component]
+            text = component in ("text", "text_2")
+            theirs = infer.keymap(config, "transformers" if text else "diffusers").to_theirs(tensors)
+            mark = folder + "/"
+            theirs |= {k[len(mark) :]: v for k, v in model.extras.items() if k.startswith(mark)}
+            name = "model.safetensors" if text else "diffusion_pytorch_model.safetensors"
+            written.append(out / folder / name)
+            files.write(written[-1], theirs, {})
+    return written
