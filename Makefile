@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[data,test]'
 	@touch $@
 
-demo: setup ## train VAE, CLIP, LDM and ControlNet on procedural data, then draw a picture (about two minutes)
+demo: setup ## train VAE, CLIP, LDM and ControlNet on procedural data, then draw a picture (about three minutes)
 	@for stage in $(STAGES); do \
 		echo "== training $$stage"; \
 		$(PY) scripts/train.py --config $(TINY)/$$stage.yaml || exit 1; \
