@@ -5,32 +5,19 @@ import math
 from torch import Tensor
 
 from ldm.registry import register
-from ldm.samplers.base import Draw, Predict, Sampler, Trajectory
-from ldm.samplers.sigmas import half_log_snr, sigma_of, sigma_times
-from ldm.schedule import Schedule
+from ldm.samplers.base import Draw, Predict, Trajectory
+from ldm.samplers.sigmas import SigmaSampler, half_log_snr, sigma_of
 
 _FEW_STEPS = 15  # below this many steps the last one is of first order (the authors' lower_order_final)
 
 
 @register("sampler", "dpmpp_2m")
-class DPMpp2M(Sampler):
+class DPMpp2M(SigmaSampler):
     """DPM-Solver++(2M): Lu et al. 2022 (arXiv:2211.01095), Alg. 2. One model call a step."""
 
     stochastic = False
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        *,
-        steps: int = 20,
-        spacing: str = "linspace",
-        offset: int = 0,
-        sigmas: str = "schedule",
-        final: str = "one",
-    ) -> None:
-        """Build for a schedule. Arguments and errors: see `ldm.samplers.sigmas.sigma_times`."""
-        times = sigma_times(schedule, steps, spacing=spacing, offset=offset, sigmas=sigmas, final=final, multistep=True)
-        super().__init__(schedule, times, final=final)
+    multistep = True
 
     def trajectory(self, predict: Predict, x: Tensor, draw: Draw, start: int) -> Trajectory:
         """See `Sampler.trajectory`."""

@@ -5,32 +5,17 @@ import math
 from torch import Tensor
 
 from ldm.registry import register
-from ldm.samplers.base import Draw, Predict, Sampler, Trajectory
-from ldm.samplers.sigmas import sigma_of, sigma_times
-from ldm.schedule import Schedule
+from ldm.samplers.base import Draw, Predict, Trajectory
+from ldm.samplers.sigmas import SigmaSampler, sigma_of
 
 
 @register("sampler", "euler_ancestral")
-class EulerAncestral(Sampler):
+class EulerAncestral(SigmaSampler):
     """Steps down to sigma_down, then adds noise of sigma_up so that the level is right.
 
     Same posterior variance as DDPM (Ho et al. 2020, arXiv:2006.11239, section 3.2, fixed_small), written in sigma as in
     Song et al. 2021 (arXiv:2011.13456, appendix F, ancestral sampling). Order 1.
     """
-
-    def __init__(
-        self,
-        schedule: Schedule,
-        *,
-        steps: int = 30,
-        spacing: str = "linspace",
-        offset: int = 0,
-        sigmas: str = "schedule",
-        final: str = "one",
-    ) -> None:
-        """Build for a schedule. Arguments and errors: see `ldm.samplers.sigmas.sigma_times`."""
-        times = sigma_times(schedule, steps, spacing=spacing, offset=offset, sigmas=sigmas, final=final)
-        super().__init__(schedule, times, final=final)
 
     def trajectory(self, predict: Predict, x: Tensor, draw: Draw, start: int) -> Trajectory:
         """See `Sampler.trajectory`."""

@@ -5,33 +5,19 @@ import math
 from torch import Tensor
 
 from ldm.registry import register
-from ldm.samplers.base import Draw, Predict, Sampler, Trajectory
+from ldm.samplers.base import Draw, Predict, Trajectory
 from ldm.samplers.ddim import ddim_step
-from ldm.samplers.sigmas import refuse_infinite, sigma_of, sigma_times
-from ldm.schedule import Schedule
+from ldm.samplers.sigmas import SigmaSampler, sigma_of
 
 
 @register("sampler", "heun")
-class Heun(Sampler):
+class Heun(SigmaSampler):
     """Karras et al. 2022 (arXiv:2206.00364), Alg. 1: an Euler step, then the mean of the slopes at both its ends.
 
     A last step to zero sigma stays Euler's, so n steps cost 2n - 1 calls.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        *,
-        steps: int = 20,
-        spacing: str = "linspace",
-        offset: int = 0,
-        sigmas: str = "schedule",
-        final: str = "one",
-    ) -> None:
-        """Build for a schedule. Arguments and errors: see `ldm.samplers.sigmas.sigma_times`."""
-        refuse_infinite(schedule, "sampler.name is 'heun'")
-        times = sigma_times(schedule, steps, spacing=spacing, offset=offset, sigmas=sigmas, final=final)
-        super().__init__(schedule, times, final=final)
+    finite = True
 
     def trajectory(self, predict: Predict, x: Tensor, draw: Draw, start: int) -> Trajectory:
         """See `Sampler.trajectory`."""

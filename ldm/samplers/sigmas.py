@@ -4,6 +4,7 @@ import math
 from bisect import bisect_right
 
 from ldm.registry import ConfigError
+from ldm.samplers.base import Sampler
 from ldm.schedule import Schedule, timesteps
 
 SIGMAS = ("schedule", "karras", "exponential")
@@ -77,6 +78,36 @@ def refuse_infinite(schedule: Schedule, what: str) -> None:
             f"{what} with schedule.zero_terminal_snr true: its first sigma is infinite; allowed there: "
             "ddim, euler, euler_ancestral, dpmpp_2m, unipc with sampler.sigmas schedule"
         )
+
+
+class SigmaSampler(Sampler):
+    """A sampler whose levels are spaced in sigma, or in time with fractions.
+
+    Attributes:
+        multistep: it leaves the last of n + 1 levels out, see `sigma_times`.
+        finite: it cannot start from an infinite sigma, that is, with zero-terminal SNR.
+    """
+
+    multistep = False
+    finite = False
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        steps: int = 20,
+        spacing: str = "linspace",
+        offset: int = 0,
+        sigmas: str = "schedule",
+        final: str = "one",
+    ) -> None:
+        """Build for a schedule. Arguments and errors: see `sigma_times`."""
+        if self.finite:
+            refuse_infinite(schedule, f"sampler.name is {type(self).__name__.lower()!r}")
+        times = sigma_times(
+            schedule, steps, spacing=spacing, offset=offset, sigmas=sigmas, final=final, multistep=self.multistep
+        )
+        super().__init__(schedule, times, final=final)
 
 
 def _sigma_spaced(schedule: Schedule, n: int, kind: str) -> tuple[float, ...]:

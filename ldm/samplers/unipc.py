@@ -5,32 +5,19 @@ import math
 from torch import Tensor
 
 from ldm.registry import register
-from ldm.samplers.base import Draw, Predict, Sampler, Trajectory
-from ldm.samplers.sigmas import half_log_snr, sigma_of, sigma_times
-from ldm.schedule import Schedule
+from ldm.samplers.base import Draw, Predict, Trajectory
+from ldm.samplers.sigmas import SigmaSampler, half_log_snr, sigma_of
 
 
 @register("sampler", "unipc")
-class UniPC(Sampler):
+class UniPC(SigmaSampler):
     """UniPC-2 on x0 predictions with B2(h) = e^h - 1: Zhao et al. 2023 (arXiv:2302.04867), Alg. 5-8.
 
     x0 is predicted once per level, at the predicted latent, and not again after the correction. Where `on_step`
     replaces a latent, what it changed is added to the corrected one.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        *,
-        steps: int = 20,
-        spacing: str = "linspace",
-        offset: int = 0,
-        sigmas: str = "schedule",
-        final: str = "one",
-    ) -> None:
-        """Build for a schedule. Arguments and errors: see `ldm.samplers.sigmas.sigma_times`."""
-        times = sigma_times(schedule, steps, spacing=spacing, offset=offset, sigmas=sigmas, final=final, multistep=True)
-        super().__init__(schedule, times, final=final)
+    multistep = True
 
     def trajectory(self, predict: Predict, x: Tensor, draw: Draw, start: int) -> Trajectory:
         """See `Sampler.trajectory`."""
