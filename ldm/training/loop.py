@@ -247,5 +247,7 @@ def _validate(
         metrics.scalars(state.step, figures)
         log.info("step %d: %s", state.step, ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
         if report.columns:
-            grid.save(report.columns, run / "images" / f"step-{state.step:08d}.png")
+            file = run / "images" / f"step-{state.step:08d}.png"
+            grid.save(report.columns, file)
+            metrics.picture(state.step, file)
     rank.barrier()

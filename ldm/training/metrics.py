@@ -76,6 +76,13 @@ class Metrics:
         if self.wandb is not None:
             self.wandb.log(values, step=step)
 
+    def picture(self, step: int, file: Path) -> None:
+        """Show a validation picture in wandb, where it is on; the file itself stays in the run folder."""
+        if self.wandb is not None:
+            import wandb
+
+            self.wandb.log({"validation": wandb.Image(str(file))}, step=step)
+
     def close(self) -> None:
         """Finish the wandb run, if any."""
         if self.wandb is not None:

@@ -22,9 +22,9 @@ def fake_wandb(monkeypatch: pytest.MonkeyPatch, error: str | None = None) -> lis
         if error:
             raise Error(error)
         calls.append(settings)
-        return SimpleNamespace(finish=lambda: None)
+        return SimpleNamespace(finish=lambda: None, log=lambda values, step: calls.append(values | {"step": step}))
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Error))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Error, Image=lambda file: file))
     return calls
 
 
@@ -67,6 +67,16 @@ def test_runs_in_folders_of_one_name_have_their_own_wandb_id_for_good(
         Metrics(folder, LogConfig(wandb="offline")).close()
     tiny, emoji, again = (call["id"] for call in calls)
     assert tiny == again != emoji
+
+
+def test_wandb_gets_figures_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_wandb(monkeypatch)
+    metrics = Metrics(tmp_path, LogConfig(wandb="offline"))
+    metrics.scalars(5, {"loss": 1.0})
+    metrics.picture(5, tmp_path / "a.png")
+    assert calls[1:] == [{"loss": 1.0, "step": 5}, {"validation": str(tmp_path / "a.png"), "step": 5}]
+    Metrics(tmp_path, LogConfig()).picture(5, tmp_path / "a.png")  # nothing to show it in
+    assert len(calls) == 3
 
 
 def test_wandb_that_does_not_start_gets_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
