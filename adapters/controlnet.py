@@ -5,15 +5,18 @@ Zhang, Rao, Agrawala 2023 (arXiv:2302.05543), section 3; layer shapes as in the 
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from adapters.layers import init_gaussian
-from ldm.control import Adapter, Control
+from adapters.layers import check_size, fit_hint, init_gaussian
+from ldm.control import KV, Adapter, Control
 from ldm.models.blocks import init_zero
 from ldm.models.unet import UNet, UNetEncoder
 from ldm.registry import ConfigError, register
@@ -22,6 +25,14 @@ INITS: dict[str, Callable[[nn.Conv2d | nn.Linear], None]] = {
     "zero": init_zero,  # section 3.1
     "gaussian": init_gaussian,  # the ablation of section 4.4
 }
+
+
+def _check_hint(name: str, channels: int, widths: tuple[int, ...]) -> None:
+    if channels < 1 or not widths or min(widths) < 1:
+        raise ConfigError(
+            f"{name}.hint_channels is {channels} and hint_widths {list(widths)}; must be at least 1 each, and at least "
+            "one width: e.g. [16, 32, 96, 256] for a VAE that shrinks by 8"
+        )
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ class ControlNetOptions:
     middle_only: bool = False
 
     def __post_init__(self) -> None:
+        _check_hint("controlnet", self.hint_channels, self.hint_widths)
         if self.init not in ("copy", "random"):
             raise ConfigError(f"controlnet.init is {self.init!r}; allowed: copy, random")
         if self.zero_conv not in INITS:
@@ -70,14 +82,8 @@ class HintEncoder(nn.Module):
 
         Raises: ValueError on another number of channels, or a size that is not a multiple of factor.
         """
-        first = self.convs[0]
-        _, c, height, width = hint.shape
-        if c != first.in_channels:
-            raise ValueError(f"hint has {c} channels; this ControlNet takes {first.in_channels}")
-        if height % self.factor or width % self.factor:
-            size = f"{height}x{width} (h w), must be a multiple of {self.factor}"
-            raise ValueError(f"hint is {size}; resize the hint to the image's size")
-        h = first(hint.to(first.weight.dtype))  # pyright: ignore
+        first = cast("nn.Conv2d", self.convs[0])
+        h = first(fit_hint(hint, first.in_channels, self.factor).to(first.weight.dtype))
         for conv in self.convs[1:]:
             h = conv(F.silu(h))
         return h
@@ -90,16 +96,22 @@ def _zero_convs(channels: list[int], init: Callable[..., None]) -> nn.ModuleList
     return convs
 
 
-def _check_size(features: Tensor, x_t: Tensor, factor: int) -> None:
-    if features.shape[-2:] != x_t.shape[-2:]:
-        h, w = (factor * s for s in features.shape[-2:])
-        H, W = (factor * s for s in x_t.shape[-2:])
-        raise ValueError(f"hint is {h}x{w} (h w), the image {H}x{W}; resize the hint to the image's size")
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The same at every step: features of the hint, b c h w at latent size, and `Control.kv` of the copy."""
+
+    features: Tensor
+    kv: tuple[KV, ...] = ()
+
+
+pytree.register_dataclass(Prepared)
 
 
 @register("adapter", "controlnet", options=ControlNetOptions)
-class ControlNet(Adapter[Tensor]):
+class ControlNet(Adapter[Prepared]):
     """Residuals for every skip and the bottleneck, from a hint image of the picture's own size."""
+
+    hint_range = (0.0, 1.0)
 
     def __init__(self, options: ControlNetOptions, *, unet: UNet) -> None:
         super().__init__()
@@ -111,15 +123,20 @@ class ControlNet(Adapter[Tensor]):
         self.zero_convs = _zero_convs([] if options.middle_only else [tap.channels for tap in spec.skips], init)
         self.zero_mid = _zero_convs([spec.mid.channels], init)[0]
 
-    def prepare(self, hint: Tensor) -> Tensor:
+    def prepare(self, hint: Tensor) -> Prepared:
         """Hint b c h w in [0, 1] (lines white on black) -> features at latent size."""
-        return self.hint(hint)
+        return Prepared(self.hint(hint))
 
-    def control(self, x_t: Tensor, t: Tensor, base: Control, prepared: Tensor) -> Control:
+    def settle(self, prepared: Prepared, base: Control) -> Prepared:
+        """Keys and values of the text for the copy's own cross-attention."""
+        return dataclasses.replace(prepared, kv=self.encoder.project(base).kv)
+
+    def control(self, x_t: Tensor, t: Tensor, base: Control, prepared: Prepared) -> Control:
         """One pass of the copy, on the UNet's own x_t, t and text. Raises: ValueError if the hint's size differs."""
-        _check_size(prepared, x_t, self.hint.factor)
+        check_size(prepared.features, x_t, 1, self.hint.factor)
         x_t = x_t[:, : self.encoder.conv_in.in_channels]  # inpainting UNets append mask channels that it never saw
-        enc = self.encoder.encode(self.encoder.conv_in(x_t) + prepared, t, base)
+        base = dataclasses.replace(base, kv=prepared.kv)
+        enc = self.encoder.encode(self.encoder.conv_in(x_t) + prepared.features, t, base)
         skips = tuple(conv(skip) for conv, skip in zip(self.zero_convs, enc.skips, strict=False))
         return Control(skips=skips, mid=self.zero_mid(enc.mid))
 
@@ -133,6 +150,7 @@ class ControlNetLiteOptions:
     zero_conv: str = "zero"
 
     def __post_init__(self) -> None:
+        _check_hint("controlnet_lite", self.hint_channels, self.hint_widths)
         if self.zero_conv not in INITS:
             raise ConfigError(f"controlnet_lite.zero_conv is {self.zero_conv!r}; allowed: {', '.join(INITS)}")
 
@@ -140,6 +158,8 @@ class ControlNetLiteOptions:
 @register("adapter", "controlnet_lite", options=ControlNetLiteOptions)
 class ControlNetLite(Adapter[Control]):
     """The paper's ablation (section 4.4): one convolution per block, not the copy; sees neither x_t, t nor text."""
+
+    hint_range = (0.0, 1.0)
 
     def __init__(self, options: ControlNetLiteOptions, *, unet: UNet) -> None:
         super().__init__()
@@ -163,5 +183,5 @@ class ControlNetLite(Adapter[Control]):
 
     def control(self, x_t: Tensor, t: Tensor, base: Control, prepared: Control) -> Control:
         """The prepared Control. Raises: ValueError if the hint's size differs."""
-        _check_size(prepared.skips[0], x_t, self.hint.factor)
+        check_size(prepared.skips[0], x_t, 1, self.hint.factor)
         return prepared

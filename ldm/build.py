@@ -2,16 +2,21 @@
 
 import dataclasses
 import inspect
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ldm import models, registry  # noqa: F401  (importing models registers them)
 from ldm.config import Node, RunConfig
 from ldm.control import Adapter
+from ldm.convert import slots
 from ldm.data.images import ImageData
-from ldm.denoiser import AdapterUse, Denoiser
+from ldm.denoiser import AdapterUse, Denoiser, check_blocks
+from ldm.models.clip import ImageTower
 from ldm.models.unet import UNet, UNetDecoder, UNetEncoder
 from ldm.registry import ConfigError
 from ldm.schedule import Schedule, ScheduleConfig
@@ -19,31 +24,71 @@ from ldm.training import checkpoint
 from ldm.training.stage import Stage
 
 
-def component(kind: str, node: Node | None, **runtime: Any) -> Any:
-    """Build one model and load its `weights:` (a safetensors file; `weights_prefix:` picks a part of it).
+class _Unfilled(TorchFunctionMode):
+    """New parameters keep whatever memory they were given: the weights that follow would overwrite their start."""
+
+    FILLING: ClassVar = {Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.FILLING or getattr(func, "__module__", None) == nn.init.__name__:
+            target = args[0] if args else kwargs["tensor"]
+            if isinstance(target, nn.Parameter):  # a buffer may be in no file
+                return target
+        return func(*args, **kwargs)
+
+
+def component(kind: str, node: Node | None, slot: str | None = None, **runtime: Any) -> Any:
+    """Build one model and load its `weights:` (see `weights_file`; `weights_prefix:` picks a part of one of our files).
 
     On the meta device (`with torch.device("meta")`) weights are not read.
 
     Raises: ConfigError if the slot is empty, the node is wrong, or the weights are missing or of another architecture.
     """
+    slot = slot or f"model.{kind}"
     if node is None:
-        raise ConfigError(f"model.{kind} is not set; this run needs it: include one of configs/model/*.yaml")
+        raise ConfigError(f"{slot} is not set; this run needs it: include one of configs/model/*.yaml")
     options = {k: v for k, v in node.items() if k not in ("weights", "weights_prefix")}
-    module: nn.Module = registry.build(kind, options, **runtime)
-    file, prefix = weights_file(node, f"model.{kind}"), node.get("weights_prefix", "")
+    prefix = node.get("weights_prefix", "")
     if not isinstance(prefix, str):
-        raise ConfigError(f"model.{kind}.weights_prefix is {prefix!r}, must be text, e.g. 'text.'")
-    if file and not any(p.is_meta for p in module.parameters()):
-        checkpoint.load_weights(module, file, prefix, (kind, "model"))
+        raise ConfigError(f"{slot}.weights_prefix is {prefix!r}, must be text, e.g. 'text.'")
+    return _filled(kind, options, node.get("weights"), slot, prefix, **runtime)
+
+
+def _filled(kind: str, options: Node, weights: Any, slot: str, prefix: str = "", **runtime: Any) -> Any:
+    """Build a module and load its weights, if it has any."""
+    meta = torch.get_default_device().type == "meta"
+    file = None if meta else weights_file(kind, {**options, "weights": weights}, slot)
+    if file is None:
+        return registry.build(kind, options, **runtime)
+    with _Unfilled():
+        module: nn.Module = registry.build(kind, options, **runtime)
+    checkpoint.load_weights(module, file, prefix, parts=slots.parts(kind, options))
     return module
 
 
-def weights_file(node: Node, slot: str) -> Path | None:
-    """Where a node's `weights:` are, None if it has none. Raises: ConfigError if the key holds no path."""
+def weights_file(kind: str, node: Node, slot: str) -> Path | None:
+    """What a node's `weights:` name, None if it has none.
+
+    Allowed: a safetensors file of ours, a run folder (its newest complete checkpoint), a published file
+    (.safetensors, .ckpt, .pth, .bin) or diffusers folder that holds the network, alone or among others.
+
+    Args:
+        kind: of the node, as in the registry.
+        node: its YAML.
+        slot: where it stands: "model.unet", "adapters.canny".
+
+    Returns: a file; a folder of models only where the node needs several of them.
+    Raises: ConfigError if the key holds no path, or a folder does not have the network.
+    """
     value = node.get("weights")
     if not isinstance(value, str | Path | None):
-        raise ConfigError(f"{slot}.weights is {value!r}, must be the path of a safetensors file or a run folder")
-    return Path(value) if value else None
+        raise ConfigError(f"{slot}.weights is {value!r}, must be the path of a weight file or a folder with one")
+    if not value:
+        return None
+    name = slot.partition(".")[2]
+    stems = (f"adapter.{name}", "adapter") if kind == "adapter" else (kind, "model")
+    return checkpoint.find_weights(Path(value), stems, slots.parts(kind, node))
 
 
 def frozen(module: nn.Module) -> nn.Module:
@@ -118,6 +163,32 @@ def uses(config: RunConfig) -> dict[str, AdapterUse]:
     return {name: split_use(name, node)[0] for name, node in config.adapters.items()}
 
 
+def encoder_node(name: str, node: Node) -> Node | None:
+    """The image encoder in an adapter's YAML node. Raises: ConfigError if it is no mapping."""
+    encoder = node.get("encoder")
+    if not isinstance(encoder, dict | None):
+        raise ConfigError(f"adapters.{name}.encoder is {encoder!r}, must be a mapping, e.g. {{name: open_clip}}")
+    return encoder
+
+
+def reference_size(name: str, node: Node) -> int | None:
+    """Side in pixels of an adapter's image prompts; None if its hint is a map of the picture to draw.
+
+    Raises: ConfigError as `denoiser`, about the encoder.
+    """
+    if (encoder := encoder_node(name, node)) is None:
+        return None
+    options = {k: v for k, v in encoder.items() if k not in ("weights", "weights_prefix")}
+    return registry.options("image", options).image_size
+
+
+def _tower(name: str, node: Node) -> ImageTower:
+    """An adapter's frozen image encoder with its weights."""
+    tower: ImageTower = component("image", node, f"adapters.{name}.encoder")
+    frozen(tower)
+    return tower
+
+
 def denoiser(config: RunConfig) -> Denoiser:
     """The UNet with every adapter of the config, weights loaded.
 
@@ -125,10 +196,15 @@ def denoiser(config: RunConfig) -> Denoiser:
     """
     unet: UNet = component("unet", config.model.unet)
     built: dict[str, Adapter[Any]] = {}
+    towers: dict[str, ImageTower] = {}
     for name, node in config.adapters.items():
         use, options = split_use(name, node)
-        adapter: Adapter[Any] = registry.build("adapter", options, unet=unet)
-        if use.weights and not any(p.is_meta for p in adapter.parameters()):
-            checkpoint.load_weights(adapter, Path(use.weights), stems=(f"adapter.{name}", "adapter"))
+        check_blocks(use.blocks or {}, unet.spec)
+        runtime: dict[str, Any] = {"unet": unet}
+        if encoder := encoder_node(name, options):
+            key = json.dumps(encoder, sort_keys=True, default=str)
+            towers[key] = towers.get(key) or _tower(name, encoder)  # adapters with equal encoders share one
+            runtime["tower"] = towers[key]
+        adapter: Adapter[Any] = _filled("adapter", options, use.weights, f"adapters.{name}", **runtime)
         built[name] = adapter
     return Denoiser(unet, built)

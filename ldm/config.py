@@ -14,13 +14,13 @@ import re
 import sys
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from ldm.registry import ConfigError, suggest
+from ldm.registry import ConfigError, fits, suggest
 
 Node = dict[str, Any]  # {name: <registered>, ...options}; checked by registry.build
 
@@ -36,6 +36,7 @@ class RunDir:
 class ModelConfig:
     """The models. A slot that a stage does not need stays null."""
 
+    weights: str | None = None  # file or folder of a whole model; a slot takes its part: weights: ${model.weights}
     unet: Node | None = None  # kind "unet"
     vae: Node | None = None  # kind "vae"
     text: Node | None = None  # kind "text"
@@ -55,11 +56,11 @@ class TrainConfig:
     warmup: int = 0  # optimizer steps of linear warm-up
     decay: str = "constant"  # constant | cosine (to zero at `steps`)
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
-    weight_decay: float = 0.01  # AdamW
+    weight_decay: float = 0.01  # AdamW; of matrices and kernels only
     clip: float | None = 1.0  # gradient norm; null = off
     precision: str = "bf16"  # fp32 | bf16 | fp16 (autocast)
     ema: float | None = None  # EMA decay of the exported weights; null = off
-    trainable: tuple[str, ...] = ("*",)  # patterns over parameter names (adapters.*, unet.*, vae.*, clip.*)
+    trainable: tuple[str, ...] = ("*",)  # patterns over parameter names, which --dry-run groups (adapters.*, unet.*)
     checkpoint_activations: bool = False  # recompute UNet blocks in backward: less memory, more time
     workers: int = 0  # data-loading processes per rank
     threads: int | None = None  # torch CPU threads per rank; null = torch's default
@@ -112,6 +113,9 @@ class SampleConfig:
     negative: str = ""  # text of the unconditional branch
     seeds: str = "0-3"  # e.g. 0-15 or 3,7,11; image i depends on its own seed only
     hints: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # adapter name -> image file or folder
+    image: str | None = None  # start from this image file, or folder with one per prompt; null = from noise
+    mask: str | None = None  # with image: file or folder, white is drawn anew, black is kept
+    strength: float | None = None  # with image: in (0, 1], part of the steps that is run; null = 0.8, with mask 1
     height: int = 64  # pixels
     width: int = 64  # pixels
     batch: int = 8  # images per forward
@@ -119,6 +123,9 @@ class SampleConfig:
     guidance: GuidanceNode = dataclasses.field(default_factory=GuidanceNode)
     precision: str = "bf16"  # fp32 | bf16 | fp16: dtype of the models' weights while sampling
     tile: int | None = None  # VAE decoding in tiles of this many latent pixels; null = whole
+    clip_skip: int | None = None  # 1 = tokens behind the last block of the text encoder, 2 = one before; null = its own
+    prompt_weights: bool = False  # read (word:1.3), (word) and [word] as weights
+    long_prompts: str = "cut"  # cut | chunks: read what fits, or all of it in parts of 75 tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +162,7 @@ _RANGES: dict[str, tuple[float, float]] = {
         ("checkpoint.every", "log.every", "validation.every", "validation.items", "validation.images"), (1, math.inf)
     ),
     **dict.fromkeys(("sample.height", "sample.width", "sample.batch", "sample.tile"), (1, math.inf)),
+    "sample.clip_skip": (1, math.inf),
     **dict.fromkeys(("train.lr", "train.warmup", "train.weight_decay", "train.clip", "train.workers"), (0, math.inf)),
     **dict.fromkeys(("seed", "checkpoint.keep_last"), (0, math.inf)),
     **dict.fromkeys(("train.betas", "train.ema"), (0, 1)),
@@ -164,6 +172,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "train.precision": _PRECISIONS,
     "sample.precision": _PRECISIONS,
+    "sample.long_prompts": ("cut", "chunks"),
     "train.decay": ("constant", "cosine"),
     "log.wandb": ("disabled", "offline", "online"),
     "model.objective": ("eps", "v", "x0"),
@@ -284,13 +293,22 @@ def _nested(key: str, value: Any) -> Node:
 
 def _check_groups(node: Node, defaults: Any, where: str) -> None:
     """A value in place of a group of keys: omegaconf's own errors do not say where it is."""
+    hints = get_type_hints(type(defaults))  # pyright: ignore[reportUnknownArgumentType]
     for field in dataclasses.fields(defaults):
         value, default = node.get(field.name, {}), getattr(defaults, field.name)
         group = dataclasses.is_dataclass(default)
+        if isinstance(default, tuple) and field.name in node and not fits(_tuples(value), hints[field.name]):
+            example = list(cast("tuple[Any, ...]", default))
+            raise ConfigError(f"{where}{field.name} is {value!r}, must be a list like {example}")
         if (group or isinstance(default, dict)) and not isinstance(value, dict):
             raise ConfigError(f"{where}{field.name} is {value!r}, must be a mapping of keys")
         if group:
             _check_groups(cast("Node", value), default, f"{where}{field.name}.")
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as the tuples that they become."""
+    return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
 
 
 def _check_values(config: RunConfig, source: str) -> None:

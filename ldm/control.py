@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 P = TypeVar("P")
+KV = tuple[Tensor, Tensor]  # keys and values of one attention layer, split into heads: b heads n d
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,11 +21,13 @@ class ExtraKV:
 
     Each layer adds `scale * attention(q, k, v)` to its text attention (Ye et al. 2023, arXiv:2308.06721, Eq. 5).
     `k[i]`, `v[i]`: b n inner_dim of layer i, in the order of `UNetSpec.cross_attn`.
+    `mask`: b 1 h w in [0, 1], where in the picture it counts, at any size; None is everywhere.
     """
 
     k: tuple[Tensor, ...]
     v: tuple[Tensor, ...]
     scale: float = 1.0
+    mask: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,36 +40,62 @@ class Control:
     context: Tensor | None = None  # b n d        tokens for cross-attention (text, SeeCoder, unCLIP)
     vector: Tensor | None = None  # b v           raw vector conditioning, embedded beside the timestep (SDXL, unCLIP)
     stages: tuple[Tensor, ...] = ()  # b c_s h w  one per resolution, added before that skip is stored (T2I-Adapter)
+    downs: tuple[Tensor, ...] = ()  # b c_s h w   one per downsampling, added behind it, likewise (T2I-Adapter XL)
     skips: tuple[Tensor, ...] = ()  # b c_i h w   one per skip, added where the decoder reads it (ControlNet)
     mid: Tensor | None = None  # b c h w          added to the bottleneck (ControlNet, Asyrp)
     attn: tuple[ExtraKV, ...] = ()  #             one entry per source (IP-Adapter)
+    kv: tuple[KV, ...] = ()  # b heads n d         keys and values of `context` per layer of the network it is for,
+    #                                             made by `UNet.project`; empty: each forward makes them anew
 
     def __add__(self, other: Control) -> Control:
-        """Compose: context tokens and attention sources concatenate, everything else adds."""
+        """Compose: context tokens and attention sources concatenate, everything else adds.
+
+        `kv` stays what it is, the keys and values of the whole context: it concatenates where every context has its
+        own, and is dropped (made anew by the network) where one has not.
+        """
         return Control(
             context=_join(self.context, other.context),
             vector=_sum(self.vector, other.vector),
             stages=_sum_all("stages", self.stages, other.stages),
+            downs=_sum_all("downs", self.downs, other.downs),
             skips=_sum_all("skips", self.skips, other.skips),
             mid=_sum(self.mid, other.mid),
             attn=self.attn + other.attn,
+            kv=_join_kv(self, other),
         )
 
     def scaled(self, s: float) -> Control:
-        """Weight this Control's influence: every residual and every ExtraKV scale times s; never context or vector."""
+        """Weight this Control's influence: residuals and ExtraKV scales times s; never context, kv or vector."""
         return dataclasses.replace(
             self,
             stages=tuple(s * x for x in self.stages),
+            downs=tuple(s * x for x in self.downs),
             skips=tuple(s * x for x in self.skips),
             mid=None if self.mid is None else s * self.mid,
             attn=tuple(dataclasses.replace(e, scale=s * e.scale) for e in self.attn),
+        )
+
+    def masked(self, mask: Tensor) -> Control:
+        """Limit this Control to a part of the picture: all but context, kv and vector.
+
+        Args:
+            mask: b 1 h w in [0, 1], 1 where the Control counts, at any size.
+        """
+        return dataclasses.replace(
+            self,
+            stages=tuple(_within(x, mask) for x in self.stages),
+            downs=tuple(_within(x, mask) for x in self.downs),
+            skips=tuple(_within(x, mask) for x in self.skips),
+            mid=None if self.mid is None else _within(self.mid, mask),
+            attn=tuple(dataclasses.replace(e, mask=mask) for e in self.attn),
         )
 
     @staticmethod
     def batch(uncond: Control, cond: Control) -> Control:
         """Stack two Controls on the batch axis, (uncond, cond), for classifier-free guidance in one forward.
 
-        Context and vector must be on both sides or on neither; any other missing side is zeros.
+        Context and vector must be on both sides or on neither; any other missing side is zeros. `kv` survives if both
+        have it.
 
         Raises: ValueError if one side alone has context or vector, or both have attention sources that differ in count.
         """
@@ -76,10 +106,28 @@ class Control:
             context=_stack(uncond.context, cond.context),
             vector=_stack(uncond.vector, cond.vector),
             stages=_stack_all(uncond.stages, cond.stages),
+            downs=_stack_all(uncond.downs, cond.downs),
             skips=_stack_all(uncond.skips, cond.skips),
             mid=_stack(uncond.mid, cond.mid),
             attn=_stack_attn(uncond.attn, cond.attn),
+            kv=_each(uncond.kv, cond.kv, dim=0) if uncond.kv and cond.kv else (),
         )
+
+
+def _within(x: Tensor, mask: Tensor) -> Tensor:
+    return x * F.adaptive_avg_pool2d(mask, (x.shape[-2], x.shape[-1])).to(x.dtype)
+
+
+def _join_kv(a: Control, b: Control) -> tuple[KV, ...]:
+    """Keys and values of both contexts; none if a context comes without its own."""
+    parts = [control for control in (a, b) if control.context is not None]
+    if not parts or not all(control.kv for control in parts):
+        return ()
+    return parts[0].kv if len(parts) == 1 else _each(a.kv, b.kv, dim=2)
+
+
+def _each(a: tuple[KV, ...], b: tuple[KV, ...], dim: int) -> tuple[KV, ...]:
+    return tuple((torch.cat([x, u], dim), torch.cat([y, v], dim)) for (x, y), (u, v) in zip(a, b, strict=True))
 
 
 def _join(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -117,8 +165,10 @@ def _stack_all(u: tuple[Tensor, ...], c: tuple[Tensor, ...]) -> tuple[Tensor, ..
 
 
 def _stack_attn(u: tuple[ExtraKV, ...], c: tuple[ExtraKV, ...]) -> tuple[ExtraKV, ...]:
-    if u and c and [e.scale for e in u] != [e.scale for e in c]:
-        raise ValueError("Control.batch: attention sources of the two sides differ in count or scale")
+    if u and c and [(e.scale, e.mask is None) for e in u] != [(e.scale, e.mask is None) for e in c]:
+        raise ValueError(
+            "Control.batch: attention sources of the two sides differ in count or scale, or in having a mask"
+        )
     sides = zip(u or (None,) * len(c), c or (None,) * len(u), strict=True)
     stacked: list[ExtraKV] = []
     for a, b in sides:
@@ -126,7 +176,8 @@ def _stack_attn(u: tuple[ExtraKV, ...], c: tuple[ExtraKV, ...]) -> tuple[ExtraKV
         assert some is not None
         k = _stack_all(a.k if a else (), b.k if b else ())
         v = _stack_all(a.v if a else (), b.v if b else ())
-        stacked.append(ExtraKV(k=k, v=v, scale=some.scale))
+        masks = [None if e is None else e.mask for e in (a, b)]
+        stacked.append(ExtraKV(k=k, v=v, scale=some.scale, mask=_stack(*masks)))
     return tuple(stacked)
 
 
@@ -136,7 +187,7 @@ class Encoded:
 
     mid: Tensor  # b c h w
     skips: tuple[Tensor, ...]  # b c_i h_i w_i, in encoder order
-    emb: Tensor  # b e, embedded timestep (plus vector conditioning)
+    emb: Tensor  # b e, embedded timestep (plus vector conditioning), through SiLU: what every block projects
 
 
 for _cls in (ExtraKV, Control, Encoded):
@@ -144,7 +195,22 @@ for _cls in (ExtraKV, Control, Encoded):
 
 
 class Adapter(nn.Module, ABC, Generic[P]):
-    """Turns one hint into a Control. Holds its own weights, never the UNet's."""
+    """Turns one hint into a Control. Holds its own weights, never the UNet's.
+
+    Attributes:
+        hint_range: lowest and highest value of a hint, which sampling checks; None if any will do.
+        image_prompt: the hint is a picture to take content from, of any size, not a map of the picture to draw.
+    """
+
+    hint_range: tuple[float, float] | None = None
+    image_prompt: ClassVar[bool] = False
+
+    def encode(self, hint: Tensor) -> Tensor:
+        """The hint as people give it -> as `prepare` takes it: what a frozen network makes of it, once per image.
+
+        Training may keep the result. Image prompts: b m 3 h w in [0, 1], m references for each picture -> b m n d.
+        """
+        return hint
 
     @abstractmethod
     def prepare(self, hint: Tensor) -> P:
@@ -157,6 +223,14 @@ class Adapter(nn.Module, ABC, Generic[P]):
         """
         del hint
         return None
+
+    def settle(self, prepared: P, base: Control) -> P:
+        """Once per image, where `base` is the same at every step: the work that needs `base` but not x_t or t.
+
+        Optional: `control` must give the same with and without it. Skipped in training.
+        """
+        del base
+        return prepared
 
     @abstractmethod
     def control(self, x_t: Tensor, t: Tensor, base: Control, prepared: P) -> Control:

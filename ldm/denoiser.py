@@ -2,15 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
+from ldm import registry
 from ldm.control import Adapter, Control
-from ldm.models.unet import UNet
+from ldm.models.unet import UNet, UNetSpec
 from ldm.registry import ConfigError
 
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 GUESS_BASE = 0.825  # released ControlNet code: each skip closer to the input counts 0.825 times the next
 
 
@@ -24,7 +27,10 @@ class AdapterUse:
     end: float = 1.0
     guess: bool = False  # only the conditional branch gets the control, weakened towards the input (ControlNet)
     skip_scales: tuple[float, ...] | None = None  # one weight per skip in encoder order, then the middle
+    blocks: Mapping[str, float] | None = None  # place (down, down.1, up.0.1, mid) -> weight, see weigh_blocks
+    mask: str | None = None  # picture file, white where the adapter counts; null = everywhere
     weights: str | None = None  # safetensors file of the adapter
+    extractor: str | Mapping[str, Any] | None = None  # makes the hint of the picture given; null: it is the hint
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
@@ -33,6 +39,17 @@ class AdapterUse:
             raise ValueError(f"start is {self.start} and end {self.end}; must satisfy 0 <= start <= end <= 1")
         if self.guess and self.skip_scales is not None:
             raise ValueError("guess sets the skip scales itself; drop skip_scales or guess")
+        self.extract()
+
+    def extract(self) -> Callable[[Tensor], Tensor] | None:
+        """What `extractor` names: image b 3 h w in [0, 1] -> hint b c h w in [0, 1]; None if the hint is given.
+
+        Raises: ConfigError on a name that is not registered, or a wrong option.
+        """
+        if self.extractor is None:
+            return None
+        node = {"name": self.extractor} if isinstance(self.extractor, str) else self.extractor
+        return registry.build("hint", node)
 
     def active(self, step: int, steps: int) -> bool:
         """Whether step `step` of `steps` (0-based) lies within start..end."""
@@ -62,6 +79,51 @@ def weigh_skips(control: Control, scales: Sequence[float]) -> Control:
     return dataclasses.replace(control, skips=skips, mid=None if control.mid is None else scales[-1] * control.mid)
 
 
+def weigh_blocks(control: Control, blocks: Mapping[str, float] | None, spec: UNetSpec) -> Control:
+    """Weight what an adapter says by its place in the UNet: attention sources and stages.
+
+    Args:
+        control: of one adapter.
+        blocks: place -> weight; None changes nothing. The longest name that fits a layer counts, 1 where none does, so
+            {down: 0, mid: 0, up: 0, up.0.1: 1} leaves one attention (InstantStyle, arXiv:2404.02733, on SDXL).
+        spec: of the UNet; a layer's place is `CrossAttn.name`, stage i's is down.i.
+
+    Raises: ConfigError as `check_blocks`, or if the control has neither.
+    """
+    if blocks is None:
+        return control
+    check_blocks(blocks, spec)
+    if not control.attn and not control.stages:
+        raise ConfigError("blocks weighs image prompts and stages; this adapter has neither: use skip_scales or scale")
+
+    def weight(place: str) -> float:
+        fitting = [name for name in blocks if place == name or place.startswith(f"{name}.")]
+        return blocks[max(fitting, key=len)] if fitting else 1.0
+
+    layers = [weight(layer.name) for layer in spec.cross_attn]
+    attn = tuple(  # attention is linear in its values
+        dataclasses.replace(e, v=tuple(w * v for w, v in zip(layers, e.v, strict=True))) for e in control.attn
+    )
+    stages, downs = (tuple(weight(f"down.{i}") * x for i, x in enumerate(xs)) for xs in (control.stages, control.downs))
+    return dataclasses.replace(control, attn=attn, stages=stages, downs=downs)
+
+
+def check_blocks(blocks: Mapping[str, float], spec: UNetSpec) -> None:
+    """Raise ConfigError on a place that this UNet does not have, or a weight that is no finite number."""
+    places = [layer.name for layer in spec.cross_attn] + [f"down.{i}" for i in range(len(spec.stages))]
+    known = dict.fromkeys(place.rsplit(".", cut)[0] for cut in (2, 1, 0) for place in places)
+    for name, value in blocks.items():
+        if name not in known:
+            raise ConfigError(f"blocks has {name!r}; this UNet has {', '.join(known)}{registry.suggest(name, known)}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"blocks.{name} is {value!r}, must be a finite number")
+
+
+def _plain(base: Control) -> Control:
+    """What adapters are told: context and vector only."""
+    return Control(context=base.context, vector=base.vector)
+
+
 class Denoiser(nn.Module):
     """A UNet with any number of adapters, each under the name that its hint and its config carry."""
 
@@ -86,9 +148,18 @@ class Denoiser(nn.Module):
 
     def prepare(self, hints: Mapping[str, Tensor]) -> dict[str, Any]:
         """Once per image: adapter name -> what it needs at every step. Raises: ConfigError on an unknown name."""
-        if unknown := sorted(hints.keys() - self.adapters.keys()):
-            raise ConfigError(f"hints {unknown} have no adapter; adapters: {', '.join(self.adapters) or 'none'}")
+        self._check_names(hints)
         return {name: self.adapter(name).prepare(hint) for name, hint in hints.items()}
+
+    def encode(self, hints: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Once per image: adapter name -> hint as `prepare` takes it, see `Adapter.encode`. Raises: as `prepare`."""
+        self._check_names(hints)
+        return {name: self.adapter(name).encode(hint) for name, hint in hints.items()}
+
+    def settle(self, prepared: Mapping[str, Any], base: Control) -> dict[str, Any]:
+        """Once per image, for a `base` that is the same at every step: see `Adapter.settle`."""
+        base = _plain(base)
+        return {name: self.adapter(name).settle(ready, base) for name, ready in prepared.items()}
 
     def control(
         self,
@@ -97,13 +168,20 @@ class Denoiser(nn.Module):
         base: Control,
         prepared: Mapping[str, Any],
         uses: Mapping[str, AdapterUse] | None = None,
+        masks: Mapping[str, Tensor] = NOTHING,
     ) -> Control:
-        """Sum of the adapters' Controls, each weighted by its use."""
-        total = Control()
+        """Sum of the adapters' Controls, each weighted by its use, and by its mask (b 1 h w, see Control.masked)."""
+        total, base = Control(), _plain(base)
         for name, ready in prepared.items():
             said = self.adapter(name).control(x_t, t, base, ready)
-            total = total + (uses[name].weigh(said) if uses else said)
+            if uses:
+                said = weigh_blocks(uses[name].weigh(said), uses[name].blocks, self.unet.spec)
+            total = total + (said.masked(masks[name]) if name in masks else said)
         return total
+
+    def _check_names(self, hints: Mapping[str, Tensor]) -> None:
+        if unknown := sorted(hints.keys() - self.adapters.keys()):
+            raise ConfigError(f"hints {unknown} have no adapter; adapters: {', '.join(self.adapters) or 'none'}")
 
     def adapter(self, name: str) -> Adapter[Any]:
         """The adapter of that name."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ldm.registry import ConfigError
@@ -53,7 +54,7 @@ def combine(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
         uncond: b c h w, likewise.
         scale: 1 gives `cond`, 0 gives `uncond`.
     """
-    return uncond + scale * (cond - uncond)
+    return torch.lerp(uncond, cond, scale)  # one operation, and exact at 0 and 1
 
 
 def rescale(guided_output: Tensor, cond: Tensor, phi: float) -> Tensor:

@@ -10,10 +10,11 @@ from typing import Any, Final
 
 import yaml
 
+from ldm.data.reading import pictures
 from ldm.registry import ConfigError, suggest
 
 SUFFIXES: Final = (".txt", ".jsonl", ".yaml", ".yml")
-KEYS: Final = ("prompt", "negative", "hints")
+KEYS: Final = ("prompt", "negative", "hints", "image", "mask")
 MAX_SEED: Final = 2**63 - 1  # what torch.Generator.manual_seed takes
 MAX_SEEDS: Final = 1_000_000
 _RANGE: Final = re.compile(r"([0-9]{1,19})(?:\s*-\s*([0-9]{1,19}))?")
@@ -26,12 +27,22 @@ class Prompt:
     Attributes:
         text: what to draw; "" is the unconditional model.
         negative: text of the unconditional branch; None means `sample.negative`.
-        hints: adapter name -> image file; they win over `sample.hints`.
+        hints: adapter name -> image file, or folder of several references for one image; they win over `sample.hints`.
+        image: file to start from; wins over `sample.image`.
+        mask: file of what to draw anew in it; wins over `sample.mask`.
     """
 
     text: str
     negative: str | None = None
     hints: Mapping[str, Path] = field(default_factory=dict)
+    image: Path | None = None
+    mask: Path | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All image files it names."""
+        hints = [file for path in self.hints.values() for file in pictures(path)]
+        return *hints, *(path for path in (self.image, self.mask) if path is not None)
 
 
 def read_prompts(value: Any) -> tuple[Prompt, ...]:
@@ -39,8 +50,8 @@ def read_prompts(value: Any) -> tuple[Prompt, ...]:
 
     A text that ends in .txt (one prompt a line), .jsonl (one text or record a line), .yaml or .yml (a list of them)
     is a file; any other text is one prompt; a list holds texts and records. A record is
-    `{prompt, negative?, hints?: {adapter: image file}}`; its files are relative to the file that names them (in the
-    config itself: to the working directory). Blank lines are skipped.
+    `{prompt, negative?, hints?: {adapter: image file}, image?, mask?}`; its files are relative to the file that names
+    them (in the config itself: to the working directory). Blank lines are skipped.
 
     Raises: ConfigError, in one line, if nothing is there or something is of another form.
     """
@@ -132,4 +143,11 @@ def _parse(item: Any, where: str, base: Path) -> Prompt:
         raise ConfigError(f"{where}: prompt is {text!r:.60} and negative {negative!r:.60}; both must be text")
     if not isinstance(hints, Mapping) or not all(isinstance(x, str) for pair in hints.items() for x in pair):
         raise ConfigError(f"{where}: hints is {hints!r:.60}, must map adapter names to image files")
-    return Prompt(text, negative, {name: base / file for name, file in hints.items()})
+    image, mask = (_path(item.get(key), f"{where}: {key}", base) for key in ("image", "mask"))
+    return Prompt(text, negative, {name: base / file for name, file in hints.items()}, image, mask)
+
+
+def _path(value: Any, where: str, base: Path) -> Path | None:
+    if not isinstance(value, str | None):
+        raise ConfigError(f"{where} is {value!r:.60}, must be an image file")
+    return None if value is None else base / value

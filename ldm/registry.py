@@ -138,21 +138,21 @@ def _params(
     hints = get_type_hints(cast("Any", target).__init__ if plain_class else target)
     for key, value in params.items():
         hint = hints.get(key, Any)
-        if not _fits(value, hint):
+        if not fits(value, hint):
             wanted = hint.__name__ if inspect.isclass(hint) else str(hint)
             raise ConfigError(f"{where}: {key} is {value!r}, must be {wanted}")
     return params
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
     """Whether a YAML value has the type of its annotation; annotations that YAML has no values for fit anything."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(_fits(value, h) for h in arguments)
+        return any(fits(value, h) for h in arguments)
     if origin is tuple:
         items = cast("tuple[Any, ...]", value) if isinstance(value, tuple) else None
         each = arguments[:1] * len(items or ()) if arguments[1:] == (...,) else arguments
-        return items is not None and len(items) == len(each) and all(map(_fits, items, each))
+        return items is not None and len(items) == len(each) and all(map(fits, items, each))
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return hint is Any or not inspect.isclass(hint) or isinstance(value, hint)

@@ -1,5 +1,6 @@
 """Small networks of the real classes, with inputs that fit them; what several test files start from."""
 
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -57,6 +58,7 @@ def random_control(spec: UNetSpec, h: int, w: int, b: int = 2) -> Control:
 
     return Control(
         stages=tuple(noise(tap.channels, tap.stride) for tap in spec.stages),
+        downs=tuple(noise(a.channels, b.stride) for a, b in pairwise(spec.stages)),
         skips=tuple(noise(tap.channels, tap.stride) for tap in spec.skips),
         mid=noise(spec.mid.channels, spec.mid.stride),
     )

@@ -1,5 +1,6 @@
 """What a file holds, told from its tensor names and shapes alone."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,12 +10,15 @@ import torch
 from torch import Tensor
 
 from ldm import registry
-from ldm.convert import infer
+from ldm.convert import infer, ip_adapter, tables_t2i
 from ldm.convert.infer import Config, ControlNetConfig, ProjectedTextConfig
+from ldm.convert.ip_adapter import IPAdapterConfig
 from ldm.convert.keymap import Renamed, grouped, nearest
+from ldm.convert.tables_t2i import T2IConfig
 from ldm.models.text import TextConfig, TextEncoder
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
+from ldm.models.vision import OpenCLIPConfig, OpenCLIPTower
 from ldm.registry import ConfigError
 
 
@@ -41,6 +45,17 @@ SECTIONS = (  # of whole files, several at once; the first of each component is 
     Section("controlnet", "original", "original", "control_model.", "input_hint_block.0.weight"),
 )
 BARE = (  # of files of one network: the first whose probe is there
+    Section("t2i_adapter", "diffusers", "diffusers", "", "adapter.body.0.resnets.0.block1.weight"),
+    Section("t2i_adapter", "ours", "ours", "", "levels.0.blocks.0.conv1.weight"),
+    *(
+        Section("t2i_adapter", "original", "original", prefix, probe)
+        for prefix in ("", "adapter.", "module.")
+        for probe in ("body.0.block1.weight", "body.0.body.0.block1.weight")  # full and XL; light
+    ),
+    Section("ip_adapter", "original", "original", "", "ip_adapter.1.to_k_ip.weight"),
+    Section("ip_adapter", "ours", "ours", "", "to_k.0.weight"),
+    Section("image", "diffusers", "transformers", "", "vision_model.embeddings.class_embedding"),
+    Section("image", "ours", "ours", "", "net.class_embedding"),
     Section("controlnet", "standalone", "original", "", "input_hint_block.0.weight"),
     Section("controlnet", "diffusers", "diffusers", "", "controlnet_cond_embedding.conv_in.weight"),
     Section("controlnet", "ours", "ours", "", "hint.convs.0.weight"),
@@ -55,16 +70,17 @@ BARE = (  # of files of one network: the first whose probe is there
     Section("text", "diffusers", "transformers", "", f"text_model.{_WORDS}"),
     Section("text", "diffusers", "transformers", "", _WORDS),
     Section("text", "ours", "ours", "", "token_embedding.weight"),
+    Section("image", "open_clip", "open_clip", "", "visual.class_embedding"),
 )
 FOREIGN = (  # files that are no model of their own: pattern of a name, what it is, what to do
     (r"^difference$", "a 'difference' ControlNet (stored minus the base UNet)", "use the full ControlNet file"),
+    (r"^ip_adapter\.\d+\.to_q_lora", "an IP-Adapter FaceID (with LoRA)", "use base, plus or full"),
     (r"lora_controlnet", "a Control-LoRA", "use a full ControlNet file"),
     (
         r"^lora_(te|unet)|\.lora_(up|down|A|B)\b|[._]lora\.(up|down)\b",
         "a LoRA (changes to a model)",
         "merge it into its base model first",
     ),
-    (r"^ip_adapter\.", "an IP-Adapter", "name a UNet, VAE, text encoder or ControlNet"),
     (r"^(string_to_param|emb_params)", "a textual inversion", "name a UNet, VAE, text encoder or ControlNet"),
     (r"(double|joint|single)_blocks\.0\.", "a diffusion transformer (SD3, FLUX)", "use SD1.x, SD2.x or SDXL weights"),
 )
@@ -79,6 +95,9 @@ READERS: dict[str, Callable[[Mapping[str, Tensor], str], tuple[Config, Renamed]]
     "text": infer.text,
     "text_2": infer.projected_text,
     "controlnet": infer.controlnet,
+    "t2i_adapter": tables_t2i.t2i,
+    "ip_adapter": ip_adapter.ip_adapter,
+    "image": ip_adapter.vision,
 }
 
 
@@ -119,27 +138,36 @@ def foreign(state: Mapping[str, Tensor]) -> str | None:
     return None
 
 
+def sections(state: Mapping[str, Tensor]) -> tuple[Section, ...]:
+    """The networks of a state dict, by their names alone. Raises: ConfigError if there is none."""
+    if what := foreign(state):
+        raise ConfigError(f"this is {what}")
+    found = [s for s in SECTIONS if any(key.startswith(s.prefix) for key in state)]
+    found = found or [s for s in BARE if s.prefix + s.probe in state][:1]
+    if not found:
+        some = grouped(sorted(state))
+        raise ConfigError(
+            f"no known model among {len(state)} tensors ({some}); known: SD1/2, SDXL, VAE, ControlNet, T2I-Adapter"
+        )
+    return tuple(found)
+
+
 def contents(state: Mapping[str, Tensor]) -> Contents:
     """Find every network of a state dict.
 
     Raises: ConfigError if there is none, or one without the tensors that tell its shape.
     """
-    if what := foreign(state):
-        raise ConfigError(f"this is {what}")
-    sections = [s for s in SECTIONS if any(key.startswith(s.prefix) for key in state)]
-    sections = sections or [s for s in BARE if s.probe in state][:1]
-    if not sections:
-        some = grouped(sorted(state))
-        raise ConfigError(f"no known model among {len(state)} tensors ({some}); known: SD1/2, SDXL, VAE, ControlNet")
-    parts = tuple(_part(state, section) for section in sections)
-    prefixes = tuple(s.prefix for s in sections)
+    found = sections(state)
+    parts = tuple(part(state, section) for section in found)
+    prefixes = tuple(s.prefix for s in found)
     rest = [key for key in state if not key.startswith(prefixes)]
     kept = tuple(k for k in rest if KEPT.search(k))
     dropped = tuple(k for k in rest if DROPPED.search(k))
     return Contents(parts, kept, dropped, tuple(sorted(set(rest) - set(kept) - set(dropped))))
 
 
-def _part(state: Mapping[str, Tensor], section: Section) -> Part:
+def part(state: Mapping[str, Tensor], section: Section) -> Part:
+    """One network of a state dict. Raises: ConfigError if the tensors that tell its shape are not there."""
     inner = {k[len(section.prefix) :]: v for k, v in state.items() if k.startswith(section.prefix)}
     try:
         config, renamed = READERS[section.component](inner, section.naming)
@@ -171,7 +199,8 @@ def _problems(config: Config, renamed: Renamed) -> list[str]:
     return out
 
 
-def shapes(config: Config) -> dict[str, torch.Size]:
+@functools.cache
+def shapes(config: Config) -> Mapping[str, torch.Size]:
     """Our name -> shape of every tensor of a network, from the network itself on the meta device."""
     if isinstance(config, ProjectedTextConfig):
         return {**shapes(config.text), "text_proj": torch.Size((config.text.width, config.dim))}
@@ -179,6 +208,10 @@ def shapes(config: Config) -> dict[str, torch.Size]:
         if isinstance(config, ControlNetConfig):
             options: dict[str, Any] = {"hint_channels": config.hint_channels, "hint_widths": config.hint_widths}
             net = registry.build("adapter", {"name": "controlnet", **options}, unet=UNet(config.unet))
+        elif isinstance(config, T2IConfig | IPAdapterConfig):
+            net = registry.build("adapter", config.node, unet=UNet(config.unet))
+        elif isinstance(config, OpenCLIPConfig):
+            net = OpenCLIPTower(config)
         elif isinstance(config, UNetConfig):
             net = UNet(config)
         else:
@@ -188,6 +221,12 @@ def shapes(config: Config) -> dict[str, torch.Size]:
 
 def architecture(config: Config) -> str:
     """The published model that a network has the shape of, or its shape in words."""
+    if isinstance(config, T2IConfig | IPAdapterConfig):
+        return config.words
+    if isinstance(config, OpenCLIPConfig):
+        name = {(1280, 32): "OpenCLIP ViT-H/14", (1664, 48): "OpenCLIP ViT-bigG/14", (1024, 24): "CLIP ViT-L/14"}
+        known = name.get((config.width, config.layers), "CLIP image")
+        return f"{known} ({config.width} wide, {config.layers} layers, embeddings of {config.embed_dim})"
     if isinstance(config, ControlNetConfig):
         return f"ControlNet for {architecture(config.unet)}"
     if isinstance(config, ProjectedTextConfig):

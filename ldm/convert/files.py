@@ -23,6 +23,7 @@ from ldm.registry import ConfigError, suggest
 PICKLED = (".ckpt", ".pth", ".pt", ".bin")
 FOLDERS = {"unet": "unet", "vae": "vae", "text_encoder": "text", "text_encoder_2": "text_2", "controlnet": "controlnet"}
 EXTRAS = "extras"
+IP_ADAPTER = ("image_proj", "ip_adapter")
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 ENDINGS = (".safetensors.index.json", ".safetensors", ".fp16.safetensors", ".bin.index.json", ".bin")
 TYPES = {
@@ -77,18 +78,36 @@ def _flat(content: Any) -> dict[str, Tensor]:
     """The tensors of what a pickle held; trainers put the weights under `state_dict`."""
     inner = content.get("state_dict", content) if isinstance(content, Mapping) else {}
     items = inner.items() if isinstance(inner, Mapping) else ()
-    return {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
+    flat = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
+    for part in IP_ADAPTER:  # its .bin nests what its .safetensors has flat
+        if isinstance(inside := inner.get(part), Mapping):
+            flat |= {f"{part}.{key}": value for key, value in inside.items() if isinstance(value, Tensor)}
+    return flat
 
 
 def _sharded(index: Path) -> dict[str, Tensor]:
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{index} is not the index of a sharded model ({error}); download it again") from error
     out: dict[str, Tensor] = {}
-    for name in sorted(shards):
-        out.update(read(index.parent / Path(name).name))
+    for shard in _shards(index):
+        out.update(read(shard))
     return out
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [index.parent / Path(name).name for name in sorted(names)]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{index} is not the index of a sharded model ({error}); download it again") from error
+
+
+def every(path: Path) -> list[Path]:
+    """The files whose content a path stands for: itself, the shards of an index, the weight files of a folder.
+
+    Raises: ConfigError as `sources`, or if an index is damaged.
+    """
+    if path.is_dir():
+        return [file for source in sources(path).values() for file in every(source)]
+    return _shards(path) if path.name.endswith(".index.json") else [path]
 
 
 def sources(path: Path) -> dict[str, Path]:

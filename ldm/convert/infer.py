@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ldm.convert import tables
+from ldm.convert.ip_adapter import IPAdapterConfig, vision_map
 from ldm.convert.keymap import KeyMap, Renamed
+from ldm.convert.tables_t2i import T2I_MAPS, T2IConfig
 from ldm.models.text import ALL_MERGES, ALPHABET, TextConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
+from ldm.models.vision import OpenCLIPConfig
 from ldm.registry import ConfigError
 
 
@@ -35,7 +38,16 @@ class ProjectedTextConfig:
     dim: int
 
 
-Config = UNetConfig | VAEConfig | TextConfig | ControlNetConfig | ProjectedTextConfig
+Config = (
+    UNetConfig
+    | VAEConfig
+    | TextConfig
+    | ControlNetConfig
+    | ProjectedTextConfig
+    | T2IConfig
+    | IPAdapterConfig
+    | OpenCLIPConfig
+)
 State = Mapping[str, Tensor]
 
 UNET_PATTERNS = {
@@ -207,6 +219,12 @@ def identity(table: KeyMap, ignored: str = r"$^") -> KeyMap:
 
 def keymap(config: Config, naming: str) -> KeyMap:
     """The layout of a network under these names: original | diffusers | transformers | open_clip | ours."""
+    if isinstance(config, T2IConfig):
+        return T2I_MAPS[naming](config)
+    if isinstance(config, IPAdapterConfig):
+        return config.keymap(naming)
+    if isinstance(config, OpenCLIPConfig):
+        return vision_map(config, naming)
     if isinstance(config, TextConfig):
         return _text_map(config, naming, projection=False)
     if isinstance(config, ProjectedTextConfig):

@@ -1,9 +1,10 @@
 """Models in and out: `inspect`, `load`, `import_model` and `export` over any published layout."""
 
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,12 @@ from ldm.convert.infer import Config, UNetConfig
 from ldm.convert.keymap import grouped
 from ldm.registry import ConfigError
 
-LAYOUTS = ("original", "diffusers", "controlnet_original", "controlnet_standalone", "controlnet_diffusers")
+ADAPTERS = {  # layout of one adapter -> its network
+    **dict.fromkeys(("controlnet_original", "controlnet_standalone", "controlnet_diffusers"), "controlnet"),
+    **dict.fromkeys(("t2i_original", "t2i_diffusers"), "t2i_adapter"),
+    "ip_adapter": "ip_adapter",
+}
+LAYOUTS = ("original", "diffusers", *ADAPTERS)
 SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
 
@@ -80,19 +86,34 @@ def load(path: Path, component: str) -> dict[str, Tensor]:
 
     Raises: ConfigError as `read`, or if the file has no such network.
     """
+    return _whole(*find(path, component))
+
+
+def find(path: Path, component: str) -> tuple[Part, Path]:
+    """One network as it is, perhaps incomplete, and its file. Arguments and errors as `load`."""
     all_files = files.sources(path)
     file = all_files.get(component) or all_files.get("")
     if file is None:
         raise ConfigError(f"{path} has {', '.join(all_files)}, no {component}; name a file or folder that has one")
-    found = {p.section.component: p for p in _contents(files.read(file), file).parts}
-    if component not in found:
-        raise ConfigError(f"{file} holds {', '.join(found)}, no {component}; name a file or folder that has one")
-    return _whole(found[component], file)
+    state = files.read(file)
+    with _about(file):
+        found = {section.component: section for section in reversed(detect.sections(state))}
+        if component not in found:
+            there = ", ".join(reversed(found))
+            raise ConfigError(f"holds {there}, no {component}; name a file or folder that has one")
+        return detect.part(state, found[component]), file
 
 
 def _contents(state: Mapping[str, Tensor], file: Path) -> Contents:
-    try:
+    with _about(file):
         return detect.contents(state)
+
+
+@contextlib.contextmanager
+def _about(file: Path) -> Generator[None]:
+    """Say which file an error is about."""
+    try:
+        yield
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
 
@@ -100,16 +121,23 @@ def _contents(state: Mapping[str, Tensor], file: Path) -> Contents:
 def _whole(part: Part, file: Path) -> dict[str, Tensor]:
     if part.problems:
         raise ConfigError(f"{file}: {part.section.component} does not fit ({'; '.join(part.problems)})")
-    if bad := _not_finite(part.tensors):
-        raise ConfigError(
-            f"{file}: {part.section.component} has NaN or infinite values in {len(bad)} tensors ({grouped(bad)}); "
-            "download it again or use a file of another precision"
-        )
+    check_finite(part.tensors, part.section.component, file)
     return part.tensors
 
 
-def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [k for k, v in tensors.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+def check_finite(tensors: Mapping[str, Tensor], what: str, file: Path) -> None:
+    """Refuse weights that would turn every picture black. Raises: ConfigError with the tensors."""
+    if bad := not_finite(tensors):
+        raise ConfigError(
+            f"{file}: {what} has NaN or infinite values in {len(bad)} tensors ({grouped(bad)}); "
+            "download it again or use a file of another precision"
+        )
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors with a NaN or an infinite value. Both reach the extremes: one pass, no mask in memory."""
+    floats = ((k, v) for k, v in tensors.items() if v.is_floating_point() and v.numel())
+    return [k for k, v in floats if not all(bool(torch.isfinite(x)) for x in torch.aminmax(v))]
 
 
 def with_ema(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -148,7 +176,7 @@ def _described(found: Contents) -> list[str]:
         count = sum(v.numel() for v in part.tensors.values())
         name = detect.architecture(part.config)
         lines.append(f"  {part.section.component}: {name}, {len(part.tensors)} tensors, {count:,} parameters, {kinds}")
-        bad = _not_finite(part.tensors)
+        bad = not_finite(part.tensors)
         problems = [*part.problems, *([f"NaN or infinite values in {grouped(bad)}"] if bad else [])]
         lines += [f"    {problem}" for problem in problems or ["complete"]]
     if "original" in layouts:
@@ -198,11 +226,15 @@ def export(paths: Sequence[Path], layout: str, out: Path) -> list[Path]:
     if layout != "diffusers" and out.suffix != ".safetensors":
         raise ConfigError(f"--out is {out}, must end in .safetensors for layout {layout}")
     model = read(paths)
+    if layout not in ADAPTERS and (odd := sorted({"t2i_adapter", "ip_adapter", "image"} & model.parts.keys())):
+        allowed = ", ".join(name for name, part in ADAPTERS.items() if part == odd[0]) or "no layout"
+        raise ConfigError(f"layout {layout} has no place for a {odd[0]}; use {allowed}")
     if layout == "diffusers":
         return _export_folder(model, out)
-    wanted = {"controlnet"} if layout.startswith("controlnet") else set(model.parts)
+    wanted = {ADAPTERS[layout]} if layout in ADAPTERS else set(model.parts)
     if not wanted or wanted - model.parts.keys():
-        raise ConfigError(f"layout {layout} needs a controlnet; given: {', '.join(model.parts) or 'no network'}")
+        need = ADAPTERS.get(layout, "network")
+        raise ConfigError(f"layout {layout} needs a {need}; given: {', '.join(model.parts) or 'no network'}")
     tensors: dict[str, Tensor] = {}
     for component in sorted(wanted):
         tensors |= _published(model, component, layout)
@@ -214,7 +246,7 @@ def export(paths: Sequence[Path], layout: str, out: Path) -> list[Path]:
 
 def _published(model: Model, component: str, layout: str) -> dict[str, Tensor]:
     config, tensors = model.parts[component]
-    if layout in ("controlnet_standalone", "controlnet_diffusers"):
+    if layout in ADAPTERS and layout != "controlnet_original":
         naming, prefix = "diffusers" if layout.endswith("diffusers") else "original", ""
     else:
         section = _place(model, component)

@@ -1,7 +1,7 @@
 """Readers of image folders: `folder` (metadata.jsonl), `sidecar` (image + .txt) and `fill50k` (prompt.json)."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ldm.data.errors import DataError
-from ldm.data.images import ImageData, Sample
+from ldm.data.images import ImageData, Sample, choose
 from ldm.data.reading import image_size, inside, read_image
-from ldm.data.records import Record, read_records, select
-from ldm.data.transforms import CROPS, Window, draw_window, resize, to_hint, to_image
-from ldm.registry import register, suggest
+from ldm.data.records import Pairing, Record, pairs, read_records, select
+from ldm.data.transforms import CROPS, Window, draw_window, extracted, resize, to_hint, to_image
+from ldm.registry import build, checked, register, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +26,11 @@ class FolderOptions:
     Attributes:
         root: data folder.
         size: side of the square samples in pixels.
-        hints: hint name -> column with its file (sidecar: -> folder with files of the same names).
+        hints: hint name -> column with its file (sidecar: -> folder with files of the same names), or an extractor
+            that makes it of the image, e.g. {name: color, cell: 8} (adapters/hints.py).
         where: column -> wanted value or list of values, e.g. {split: train, style: [flat, noto]}.
-        reference: column with the image prompt's file ("file" is the image itself), or None; never augmented.
+        reference: column with the image prompt's file ("file" is the image itself), or the keys of `Pairing` to take
+            other images of the set, or None; never augmented.
         crop: "center" or "random" (shorter side to `size`, then a square), or "none" (squeezed to a square).
         oversize: the shorter side is first resized to oversize * size, which gives random crops room; at least 1.
         flip: mirror half of the samples when augmenting; mind captions that say left or right.
@@ -38,9 +40,9 @@ class FolderOptions:
 
     root: str
     size: int
-    hints: Mapping[str, str] = field(default_factory=dict)
+    hints: Mapping[str, Any] = field(default_factory=dict)
     where: Mapping[str, Any] = field(default_factory=dict)
-    reference: str | None = None
+    reference: str | Mapping[str, Any] | None = None
     crop: str = "center"
     oversize: float = 1.0
     flip: bool = False
@@ -59,6 +61,22 @@ class FolderOptions:
         if not isinstance(self.hints, Mapping) or not isinstance(self.where, Mapping):
             raise DataError("data.hints and data.where must be mappings, e.g. hints: {lineart: lineart}")
 
+    @property
+    def pairing(self) -> Pairing | None:
+        """Where image prompts come from, unless a column names them. Raises: ConfigError on a wrong key."""
+        return checked(Pairing, self.reference, "data.reference") if isinstance(self.reference, Mapping) else None
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Hint name -> column, of the hints that are files."""
+        return {name: str(source) for name, source in self.hints.items() if not isinstance(source, Mapping)}
+
+    @property
+    def extractors(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Hint name -> what makes it of the image, of the others. Raises: ConfigError on a wrong node."""
+        nodes = {name: node for name, node in self.hints.items() if isinstance(node, Mapping)}
+        return {name: build("hint", node) for name, node in nodes.items()}
+
 
 class HintSizeError(DataError):
     """A hint and its image differ in size: a mistake in the set, never skipped."""
@@ -70,7 +88,7 @@ class _Entry:
     image: Path
     text: str
     hints: dict[str, Path]
-    reference: Path | None
+    references: tuple[Path, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +97,6 @@ class _Pixels:
 
     image: Tensor
     hints: dict[str, Tensor]
-    reference: Tensor | None
 
 
 class FolderData(ImageData):
@@ -87,8 +104,11 @@ class FolderData(ImageData):
 
     def __init__(self, options: FolderOptions, entries: list[_Entry]) -> None:
         self.options = options
+        self._extractors = options.extractors
         self._total = len(entries)
         self._kept: dict[int, _Pixels] = {}
+        self._prompts: dict[str, Tensor] = {}
+        self._checked: set[Path] = set()  # references whose headers are sound
         self.bad: dict[Path, str] = {}
         self._entries = [entry for entry in entries if self._readable(entry)]
         if not self._entries:
@@ -113,13 +133,36 @@ class FolderData(ImageData):
         o = self.options
         height, width = pixels.image.shape[-2:]
         window = draw_window(height, width, o.size, crop=o.crop, flip=o.flip, generator=generator)
+        image = window.cut(pixels.image)
+        made = {name: extracted(extract, image) for name, extract in self._extractors.items()}
         return Sample(
             key=entry.key,
-            image=to_image(window.cut(pixels.image)),
+            image=to_image(image),
             text=entry.text,
-            hints={name: to_hint(window.cut(hint)) for name, hint in pixels.hints.items()},
-            reference=None if pixels.reference is None else to_image(_centred(pixels.reference, o.size)),
+            hints={name: to_hint(window.cut(hint)) for name, hint in pixels.hints.items()} | made,
+            reference=self._prompt(entry, pixels, generator),
         )
+
+    def _prompt(self, entry: _Entry, pixels: _Pixels, generator: torch.Generator | None) -> Tensor | None:
+        if not entry.references:
+            return None
+        path = entry.references[choose(len(entry.references), entry.key, generator)]
+        if path == entry.image and self.options.oversize == 1:  # decoded already
+            return to_image(_centred(pixels.image, self.options.size))
+        return self.reference(str(path))
+
+    def references(self, index: int) -> tuple[str, ...]:
+        """See ImageData.references: their paths."""
+        return tuple(str(path) for path in self._entries[index].references)
+
+    def reference(self, name: str) -> Tensor:
+        """See ImageData.reference. Raises: DataError if it cannot be read."""
+        if (pixels := self._prompts.get(name)) is None:
+            o = self.options
+            pixels = _centred(resize(read_image(Path(name)), o.size, crop=o.crop, hint=False), o.size)
+            if o.memory:
+                self._prompts[name] = pixels
+        return to_image(pixels)
 
     def _pixels(self, index: int) -> _Pixels | None:
         entry = self._entries[index]
@@ -146,19 +189,18 @@ class FolderData(ImageData):
             if hint.size != picture.size:
                 raise HintSizeError(_mismatch(entry, name, hint.size, picture.size))
         image = resize(picture, size, crop=crop, hint=False)
-        reference = image if entry.reference == entry.image else None
-        if entry.reference is not None and reference is None:
-            reference = resize(read_image(entry.reference), size, crop=crop, hint=False)
         hints = {name: resize(hint, size, crop=crop, hint=True) for name, hint in drawn.items()}
-        return _Pixels(image, hints, reference)
+        return _Pixels(image, hints)
 
     def _readable(self, entry: _Entry) -> bool:
         """Check an entry's headers: unreadable files are skipped, a hint of another size is an error."""
         try:
             size = image_size(entry.image)
             sizes = {name: image_size(path) for name, path in entry.hints.items()}
-            if entry.reference is not None:
-                image_size(entry.reference)
+            for path in entry.references:
+                if path not in self._checked:
+                    image_size(path)
+                    self._checked.add(path)
         except DataError as error:
             self._skip(entry, error)
             return False
@@ -207,11 +249,11 @@ def fill50k(options: FolderOptions) -> FolderData:
 
 def _build(options: FolderOptions, layout: str) -> FolderData:
     root = Path(options.root)
-    rows = read_records(root, layout, skip=tuple(options.hints.values()))
+    rows = read_records(root, layout, skip=tuple(options.columns.values()))
     if layout == "sidecar":
-        rows = [_with_sibling_hints(row, options.hints, root) for row in rows]
-    rows = select(rows, options.where, root)
-    wanted = [*options.hints.values(), *([options.reference] if options.reference else [])]
+        rows = [_with_sibling_hints(row, options.columns, root) for row in rows]
+    every, rows = rows, select(rows, options.where, root)
+    wanted = [*options.columns.values(), *([options.reference] if isinstance(options.reference, str) else [])]
     columns = sorted({name for row in rows for name in row.columns})
     for column in wanted:
         if column not in columns:
@@ -224,16 +266,22 @@ def _build(options: FolderOptions, layout: str) -> FolderData:
         raise DataError(f"none of the {len(rows)} selected images of {root} has all of {', '.join(wanted)}")
     if len(usable) < len(rows):
         logger.info("%s: %d of %d images have no %s", root, len(rows) - len(usable), len(rows), " or ".join(wanted))
-    return FolderData(options, [_entry(row, options, root) for row in usable])
+    if (pairing := options.pairing) is None:
+        column = str(options.reference)  # a name: mappings are pairings
+        prompts = {row.file: (row.columns[column],) for row in usable} if options.reference else {}
+    else:
+        prompts = pairs(every, usable, options.where, pairing, root)
+        usable = [row for row in usable if prompts[row.file]]
+    return FolderData(options, [_entry(row, options, root, prompts.get(row.file, ())) for row in usable])
 
 
-def _entry(row: Record, options: FolderOptions, root: Path) -> _Entry:
+def _entry(row: Record, options: FolderOptions, root: Path, prompts: Sequence[str]) -> _Entry:
     return _Entry(
         key=row.file,
         image=inside(root, row.file, row.source),
         text=row.text or "",
-        hints={name: inside(root, row.columns[column], row.source) for name, column in options.hints.items()},
-        reference=inside(root, row.columns[options.reference], row.source) if options.reference else None,
+        hints={name: inside(root, row.columns[column], row.source) for name, column in options.columns.items()},
+        references=tuple(inside(root, file, row.source) for file in prompts),
     )
 
 

@@ -4,6 +4,7 @@ Files hold [0, 1]; inside, images are [-1, 1] and hints stay [0, 1] (ControlNet'
 on black, single-channel maps are repeated to three channels).
 """
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -92,6 +93,22 @@ class ImageData(Dataset[Sample], ABC):
 
     def __getitem__(self, index: int) -> Sample:
         return self.load(index)
+
+    def references(self, index: int) -> Sequence[str]:
+        """Names of the image prompts of which `load` gives sample `index` one; none where the set has none."""
+        del index
+        return ()
+
+    def reference(self, name: str) -> Tensor:
+        """The image prompt of that name, 3 h w in [-1, 1]. Raises: KeyError on a name that is none of `references`."""
+        raise KeyError(name)
+
+
+def choose(count: int, key: str, generator: torch.Generator | None) -> int:
+    """Which of `count` image prompts a sample gets: drawn, or without a generator always the same by its key."""
+    if generator is not None and count > 1:
+        return int(torch.randint(count, (), generator=generator))
+    return zlib.crc32(key.encode()) % count
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -33,6 +33,13 @@ def inside(root: Path, name: object, source: str) -> Path:
     return root / path
 
 
+def pictures(path: Path) -> list[Path]:
+    """The image files that a path stands for: itself, or those in a folder, in order of name."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """(width, height) from the header alone; EXIF orientation may still swap the two.
 

@@ -11,6 +11,7 @@ Where a layout has no split of its own, `split` is "heldout" for a fixed 2 % by 
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,7 @@ from ldm.data.errors import DataError
 from ldm.data.reading import SUFFIXES
 from ldm.registry import suggest
 
+logger = logging.getLogger(__name__)
 METADATA: Final = "metadata.jsonl"
 PROMPTS: Final = "prompt.json"
 _HELDOUT_SHARE: Final = 0.02
@@ -44,6 +46,22 @@ class Record:
     def with_column(self, name: str, value: str) -> "Record":
         """A copy with one column added or replaced."""
         return dataclasses.replace(self, columns={**self.columns, name: value})
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Image prompts taken from the set itself, e.g. {same: concept, where: {style: noto}}.
+
+    Attributes:
+        same: column whose value reference and image share.
+        where: column -> wanted value or values of the reference; other columns are wanted as for the image, so a
+            reference never comes from another split unless this says so.
+        itself: an image may be its own reference.
+    """
+
+    same: str
+    where: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    itself: bool = False
 
 
 def layout_of(root: Path) -> str:
@@ -91,6 +109,37 @@ def select(rows: list[Record], where: Mapping[str, Any], root: Path) -> list[Rec
         seen = "; ".join(f"{n}: {', '.join(sorted({str(r.columns.get(n)) for r in rows})[:8])}" for n in wanted)
         raise DataError(f"data.where {dict(where)} matches none of the {len(rows)} images of {root}; it has {seen}")
     return left
+
+
+def pairs(
+    every: list[Record], rows: list[Record], where: Mapping[str, Any], pairing: Pairing, root: Path
+) -> dict[str, tuple[str, ...]]:
+    """Files that may be the image prompt of each row's image, in file order.
+
+    Args:
+        every: all rows of the set.
+        rows: those that are samples.
+        where: how they were selected; it holds for references too, except in columns that `pairing.where` names.
+        pairing: what may be a reference.
+        root: for messages.
+
+    Returns: file -> files; empty where there are none.
+    Raises: DataError on an unknown column, or when no row has a reference.
+    """
+    select(every, {pairing.same: [row.columns.get(pairing.same) for row in every]}, root)  # refuses an unknown column
+    found: dict[Any, list[str]] = {}
+    for row in select(every, {**where, **pairing.where}, root):
+        found.setdefault(row.columns.get(pairing.same), []).append(row.file)
+    out = {
+        row.file: tuple(f for f in found.get(row.columns.get(pairing.same), ()) if pairing.itself or f != row.file)
+        for row in rows
+    }
+    lone = sum(not files for files in out.values())
+    if lone == len(rows):
+        raise DataError(f"data.reference: none of the {len(rows)} images of {root} has another of its {pairing.same!r}")
+    if lone:
+        logger.info("%s: %d of %d images have no reference of their %s", root, lone, len(rows), pairing.same)
+    return out
 
 
 def _folder(root: Path) -> list[Record]:

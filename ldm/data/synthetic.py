@@ -157,6 +157,16 @@ class SyntheticData(ImageData):
         )
 
 
+    def references(self, index: int) -> tuple[str, ...]:
+        """See ImageData.references: the scene itself."""
+        return (str(index),) if self.options.reference else ()
+
+    def reference(self, name: str) -> Tensor:
+        """See ImageData.reference."""
+        o = self.options
+        return to_image(render(draw_scene(o.seed, int(name), o.max_shapes), o.size).image)
+
+
 def draw_scene(seed: int, index: int, max_shapes: int = 3) -> Scene:
     """The scene of (seed, index): 1 to `max_shapes` shapes, one per quadrant so that none is wholly hidden."""
     rng = random.Random(f"scene {seed} {index}")

@@ -1,5 +1,6 @@
 """Geometry shared by an image and its hints: one window is drawn per sample and cut from all of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -79,6 +80,11 @@ def to_image(pixels: Tensor) -> Tensor:
 def to_hint(pixels: Tensor) -> Tensor:
     """uint8 0..255 -> float32 in [0, 1], same shape."""
     return pixels.float().div_(255.0)
+
+
+def extracted(extract: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+    """The hint that an extractor (adapters/hints.py) makes of a picture: 3 h w uint8 -> 3 h w float32 in [0, 1]."""
+    return extract(to_hint(pixels)[None])[0].expand(3, -1, -1)
 
 
 def to_pixels(image: Tensor) -> Tensor:

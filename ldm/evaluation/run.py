@@ -1,5 +1,6 @@
 """Held-out figures of a trained stage, and how well its adapters obey their hints."""
 
+import dataclasses
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +21,7 @@ from ldm.registry import ConfigError
 from ldm.training import checkpoint, distributed
 from ldm.training.diffusion import DiffusionStage
 from ldm.training.loop import PRECISIONS
-from ldm.training.stage import Stage
+from ldm.training.stage import Stage, choose_trainable
 
 PICTURES = 8
 
@@ -40,6 +41,7 @@ def evaluate(config: RunConfig) -> dict[str, float]:
         if rank.world > 1:
             raise ConfigError(f"evaluation runs on one rank, torchrun started {rank.world}; use plain python")
         stage = build.stage(config)
+        choose_trainable(stage, config.train.trainable)  # what the run exported
         _load_trained(stage, config)
         build.frozen(stage).to(rank.device)
         stage.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
@@ -82,24 +84,22 @@ def obedience(stage: DiffusionStage, data: ImageData, config: RunConfig, device:
     sampler = registry.build("sampler", config.sample.sampler, schedule=stage.schedule)
     g = config.sample.guidance
     guidance = GuidanceConfig(g.scale, g.rescale, g.start, g.end)
-    scores: dict[str, list[Tensor]] = {"adapter": [], "base": [], "ground_truth": [], "chance": []}
+    maps: dict[str, list[Tensor]] = {"hint": [], "ground_truth": [], "adapter": [], "base": []}
     seen = 0
     for batch in tqdm(held_out(data, config.validation.items, config.sample.batch, device), desc="obedience"):
         hints = stage.hints(batch)
         seeds = [config.seed + seen + i for i in range(len(batch.keys))]
         size = (batch.image.shape[-2], batch.image.shape[-1])
-        drawn = {
-            label: generate.images(
-                models, batch.text, seeds, size=size, sampler=sampler, guidance=guidance, hints=h, uses=stage.uses
-            )
-            for label, h in (("adapter", hints), ("base", {}))
-        }
-        wanted = edge_map(hints[name])
-        truth = edge_map(batch.image.float() * 0.5 + 0.5)
-        for label, images in drawn.items():
-            scores[label].append(edge_f1(edge_map(images), wanted))
-        scores["ground_truth"].append(edge_f1(truth, wanted))
-        scores["chance"].append(edge_f1(truth.roll(1, 0), wanted))
+        request = generate.Request(batch.text, seeds, size, guidance=guidance)
+        maps["hint"].append(edge_map(hints[name]))
+        maps["ground_truth"].append(edge_map(batch.image.float() * 0.5 + 0.5))
+        for label, heard in (("adapter", hints), ("base", {})):
+            drawn = generate.images(models, dataclasses.replace(request, hints=heard, uses=stage.uses), sampler)
+            maps[label].append(edge_map(drawn))
         seen += len(batch.keys)
-    means = {f"edge_f1_{label}": torch.cat(values).mean().item() for label, values in scores.items()}
+    edges = {label: torch.cat(parts) for label, parts in maps.items()}
+    edges["chance"] = edges["ground_truth"].roll(1, 0)  # each beside the hint of its neighbour
+    means = {
+        f"edge_f1_{label}": edge_f1(e, edges["hint"]).mean().item() for label, e in edges.items() if label != "hint"
+    }
     return means | {"edge_f1_ratio": means["edge_f1_adapter"] / means["edge_f1_base"], "edge_f1_items": float(seen)}

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.control import Control
+from ldm.control import KV, Control, ExtraKV
 from ldm.models.blocks import init_zero
 
 UNFUSED_KEYS = 1024  # up to here unfused attention is faster in bf16 on CPUs; measured in docs/emoji.md
-KV = tuple[Tensor, Tensor, float]  # keys b n inner, values b n inner, scale
+_UNREAD = torch.zeros(1, dtype=torch.bfloat16)  # baddbmm's first argument, which beta 0 leaves out
+Source = tuple[Tensor, Tensor, float | Tensor]  # keys b n inner, values b n inner, scale (or b 1 queries 1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -24,8 +25,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     which the fused kernel leaves idle (its backward above all).
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= UNFUSED_KEYS:
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1) @ v
+        return _unfused(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def _unfused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    b, heads, _, d = q.shape
+    if q.shape == k.shape:  # batched products need dense heads: one copy for all three
+        q, k, v = torch.stack([q, k, v]).flatten(1, 2)  # (b heads) n d
+    else:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    scores = torch.baddbmm(_UNREAD, q, k.transpose(1, 2), beta=0, alpha=d**-0.5)  # (b heads) n m
+    return torch.bmm(scores.softmax(dim=-1), v).unflatten(0, (b, heads))
 
 
 class Attention(nn.Module):
@@ -44,20 +55,26 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
         self.to_out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, extra: Sequence[KV] = ()) -> Tensor:
+    def project(self, source: Tensor) -> KV:
+        """Keys and values of b m context_dim, split into heads: b heads m d each."""
+        return self._split(self.to_k(source)), self._split(self.to_v(source))
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, extra: Sequence[Source] = (), kv: KV | None = None
+    ) -> Tensor:
         """Attend.
 
         Args:
             x: b n dim, queries.
             context: b m context_dim, keys and values; `x` itself when None.
+            kv: what `project` made of the context; then `context` is not read.
             extra: further keys and values that share the queries; each result is added times its scale
                 (decoupled cross-attention, arXiv:2308.06721 Eq. 5).
 
         Returns: b n dim.
         """
-        source = x if context is None else context
         q = self._split(self.to_q(x))  # b heads n d
-        out = attend(q, self._split(self.to_k(source)), self._split(self.to_v(source)))
+        out = attend(q, *(kv or self.project(x if context is None else context)))
         for k, v, scale in extra:
             out = out + scale * attend(q, self._split(k).to(q.dtype), self._split(v).to(q.dtype))
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
@@ -80,7 +97,8 @@ class GEGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens b n dim -> b n dim."""
         value, gate = self.proj(x).chunk(2, dim=-1)
-        return self.out(value * F.gelu(gate))
+        gelu = F.gelu(gate)
+        return self.out(value * gelu if gelu.requires_grad else gelu.mul_(value))
 
 
 class TransformerBlock(nn.Module):
@@ -95,11 +113,11 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = GEGLU(dim)
 
-    def forward(self, x: Tensor, context: Tensor, extra: Sequence[KV]) -> Tensor:
-        """x: b n dim, context: b m context_dim -> b n dim."""
-        x = self.attn1(self.norm1(x)) + x
-        x = self.attn2(self.norm2(x), context, extra) + x
-        return self.ff(self.norm3(x)) + x
+    def forward(self, x: Tensor, context: Tensor, extra: Sequence[Source], kv: KV | None = None) -> Tensor:
+        """x: b n dim, context: b m context_dim (not read where `kv` is given) -> b n dim."""
+        x = self.attn1(self.norm1(x)).add_(x)  # no layer keeps its output for backward, so sums go in place
+        x = self.attn2(self.norm2(x), context, extra, kv).add_(x)
+        return self.ff(self.norm3(x)).add_(x)
 
 
 class SpatialTransformer(nn.Module):
@@ -125,7 +143,7 @@ class SpatialTransformer(nn.Module):
         self.first_layer = 0  # index of blocks[0] in UNetSpec.cross_attn; set once by UNet
 
     def forward(self, x: Tensor, control: Control) -> Tensor:
-        """x: b dim h w -> b dim h w. Reads control.attn and context. Raises: ValueError if there is no context."""
+        """x: b dim h w -> b dim h w. Reads control.attn, context and kv. Raises: ValueError if there is no context."""
         if control.context is None:
             raise ValueError("Control.context is None; cross-attention needs tokens: give it text or image tokens")
         h, w = x.shape[-2:]
@@ -133,8 +151,17 @@ class SpatialTransformer(nn.Module):
         y = y if self.linear else self.proj_in(y)
         y = rearrange(y, "b c h w -> b (h w) c")
         y = self.proj_in(y) if self.linear else y
+        scales = [_scale(e, h, w, y.dtype) for e in control.attn]
         for i, block in enumerate(self.blocks, start=self.first_layer):
-            y = block(y, control.context, [(e.k[i], e.v[i], e.scale) for e in control.attn])
+            extra = [(e.k[i], e.v[i], scale) for e, scale in zip(control.attn, scales, strict=True)]
+            y = block(y, control.context, extra, control.kv[i] if control.kv else None)
         y = self.proj_out(y) if self.linear else y
         y = rearrange(y, "b (h w) c -> b c h w", h=h, w=w)
-        return x + (y if self.linear else self.proj_out(y))
+        return x + (y if self.linear else self.proj_out(y))  # in the memory format of x
+
+
+def _scale(source: ExtraKV, h: int, w: int, dtype: torch.dtype) -> float | Tensor:
+    """Its scale, or with a mask its scale at each of the h w queries: b 1 n 1."""
+    if source.mask is None:
+        return source.scale
+    return source.scale * rearrange(F.adaptive_avg_pool2d(source.mask, (h, w)), "b 1 h w -> b 1 (h w) 1").to(dtype)

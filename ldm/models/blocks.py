@@ -24,6 +24,11 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a map that nobody else holds: in place, unless backward needs the input."""
+    return F.silu(x, inplace=not x.requires_grad)
+
+
 def init_zero(module: nn.Conv2d | nn.Linear) -> None:
     """Weights and bias to zero: the layer adds nothing until it has been trained."""
     nn.init.zeros_(module.weight)
@@ -52,11 +57,11 @@ class ResBlock(nn.Module):
         init_zero(self.conv2)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x: b in_channels h w, emb: b emb_dim -> b channels h w."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.emb(F.silu(emb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.shortcut(x) + h
+        """x: b in_channels h w, emb: b emb_dim, through SiLU already (the same for all blocks) -> b channels h w."""
+        h = self.conv1(silu(self.norm1(x)))
+        h = h.add_(self.emb(emb)[:, :, None, None])  # convolutions do not keep their output: sums go in place
+        h = self.conv2(silu(self.norm2(h)))
+        return h.add_(self.shortcut(x))
 
 
 class Downsample(nn.Module):

@@ -22,9 +22,19 @@ MAX_LOGIT_SCALE = 100.0  # section 2.5 of the paper: clipped for stability
 
 
 class ImageTower(nn.Module, ABC):
-    """Image to features. `width` is the size of the pooled features and of the tokens."""
+    """Image to features.
+
+    Attributes:
+        width: of the tokens.
+        pooled_width: of the pooled features.
+        image_size: side in pixels that it was trained at.
+        zero_colour: the colour in [-1, 1] that is zero behind the tower's own normalisation.
+    """
 
     width: int
+    pooled_width: int
+    image_size: int
+    zero_colour: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +85,8 @@ class ViT(ImageTower):
         from open_clip.transformer import VisionTransformer  # slow to import: not before a tower is built
 
         self.config = config
-        self.width = config.width
+        self.width = self.pooled_width = config.width
+        self.image_size = config.image_size
         self.net = VisionTransformer(
             image_size=config.image_size,
             patch_size=config.patch,
@@ -158,7 +169,8 @@ class Swin(ImageTower):
         from timm.models.swin_transformer import SwinTransformer  # slow to import: not before a tower is built
 
         self.config = config
-        self.width = config.width * 2 ** (len(config.depths) - 1)
+        self.width = self.pooled_width = config.width * 2 ** (len(config.depths) - 1)
+        self.image_size = config.image_size
         self.net = SwinTransformer(
             img_size=config.image_size,
             patch_size=config.patch,
@@ -220,7 +232,7 @@ class CLIP(nn.Module):
         self.text: TextEncoder = build("text", {"name": "clip", **config.text})
         self.image: ImageTower = build("image", {"name": "vit", **config.image})
         self.text_proj = _projection(self.text.config.width, config.embed_dim)
-        self.image_proj = _projection(self.image.width, config.embed_dim)
+        self.image_proj = _projection(self.image.pooled_width, config.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / INITIAL_TEMPERATURE)))
 
     def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

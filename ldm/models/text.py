@@ -4,6 +4,7 @@ Radford et al. 2021 (arXiv:2103.00020), section 2.4. Built on open_clip's transf
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ class TextConfig:
         pad: token behind the end mark: "eos" repeats it (SD1.x), "zero" is id 0 (SD2.x).
         layer: output of the "last" block or of the "penultimate" one.
         final_norm: apply the final LayerNorm to it (SDXL does not).
+        projection: width of the pooled output, behind a linear map without bias; null has no pooled output.
     """
 
     width: int = 768
@@ -50,6 +52,7 @@ class TextConfig:
     pad: str = "eos"
     layer: str = "last"
     final_norm: bool = True
+    projection: int | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -68,6 +71,8 @@ class TextConfig:
             raise ConfigError(f"text.context_length is {self.context_length}, must be at least 3: begin, word, end")
         if self.merges is not None and not 0 <= self.merges <= ALL_MERGES:
             raise ConfigError(f"text.merges is {self.merges}, must be null or 0..{ALL_MERGES}")
+        if self.projection is not None and self.projection < 1:
+            raise ConfigError(f"text.projection is {self.projection}, must be null or at least 1")
 
     @property
     def vocab_size(self) -> int:
@@ -110,22 +115,71 @@ class Tokenizer:
         self.bos, self.eos = self.vocab_size - 2, self.vocab_size - 1
         self.pad = self.eos if pad == "eos" else 0
 
+    @property
+    def room(self) -> int:
+        """Tokens between the begin and the end mark."""
+        return self.context_length - 2
+
+    def words(self, text: str) -> list[int]:
+        """All tokens of a text, however many, without marks and padding."""
+        return self._bpe.encode(text)
+
+    def rows(self, chunks: Sequence[Sequence[int]]) -> Tensor:
+        """Tokens, at most `room` a chunk, -> b n int64: begin mark, tokens, end mark, padding."""
+        ids = torch.full((len(chunks), self.context_length), self.pad, dtype=torch.int64)
+        for i, words in enumerate(chunks):
+            ids[i, : len(words) + 2] = torch.tensor([self.bos, *words, self.eos])
+        return ids
+
     def __call__(self, texts: Sequence[str]) -> Tokens:
-        """Encode prompts; those longer than `context_length` - 2 tokens are cut, and keep their end mark."""
-        room = self.context_length - 2
-        ids = torch.full((len(texts), self.context_length), self.pad, dtype=torch.int64)
-        truncated = []
-        for i, text in enumerate(texts):
-            words = self._bpe.encode(text)
-            if len(words) > room:
-                truncated.append(i)
-            row = torch.tensor([self.bos, *words[:room], self.eos])
-            ids[i, : len(row)] = row
-        return Tokens(ids, tuple(truncated))
+        """Encode prompts; those longer than `room` tokens are cut, and keep their end mark."""
+        words = [self.words(text) for text in texts]
+        truncated = tuple(i for i, row in enumerate(words) if len(row) > self.room)
+        return Tokens(self.rows([row[: self.room] for row in words]), truncated)
+
+
+class CutWarning:
+    """Says once, and never again, that prompts were longer than a tokenizer's context."""
+
+    def __init__(self) -> None:
+        self._seen, self._said = 0, False
+
+    def __call__(self, texts: Sequence[str], truncated: Sequence[int], context_length: int) -> None:
+        """Count these texts; log the first time that some of them, whose indices are `truncated`, were cut."""
+        self._seen += len(texts)
+        if truncated and not self._said:
+            self._said = True
+            logger.warning(
+                "%d of the %d prompts so far are longer than %d tokens and were cut, e.g. %.60r; this is said once",
+                len(truncated),
+                self._seen,
+                context_length,
+                texts[truncated[0]],
+            )
+
+
+class Text(nn.Module, ABC):
+    """A text kind: what `ldm.conditioning` turns prompts into a UNet's condition with."""
+
+    @property
+    @abstractmethod
+    def towers(self) -> tuple["TextEncoder", ...]:
+        """Towers of one encoding that read the same prompt; their tokens are concatenated channel by channel."""
+
+    @abstractmethod
+    def vector(self, pooled: Tensor | None, size: tuple[int, int]) -> Tensor | None:
+        """The UNet's vector condition, or None for models that have none.
+
+        Args:
+            pooled: b p, projected features of the last tower; None if it has no projection.
+            size: (height, width) of the picture in pixels.
+
+        Returns: b v or None.
+        """
 
 
 @register("text", "clip", options=TextConfig)
-class TextEncoder(nn.Module):
+class TextEncoder(Text):
     """Causal transformer over the tokens of a prompt; padding is not masked, as in the published models."""
 
     def __init__(self, config: TextConfig) -> None:
@@ -139,7 +193,9 @@ class TextEncoder(nn.Module):
         activation = QuickGELU if config.activation == "quick_gelu" else nn.GELU
         self.transformer = Transformer(config.width, config.layers, config.heads, act_layer=activation)
         self.ln_final = nn.LayerNorm(config.width)
-        self._seen, self._warned = 0, False  # prompts encoded; whether it was said that some were cut
+        # Right-multiplied: text_proj is in x out, as in OpenCLIP's files.
+        self.text_proj = nn.Parameter(torch.empty(config.width, config.projection)) if config.projection else None
+        self._cut = CutWarning()
         self._init()
 
     def _init(self) -> None:
@@ -156,6 +212,17 @@ class TextEncoder(nn.Module):
         for block in self.transformer.resblocks:
             for name, std in stds.items():
                 nn.init.normal_(block.get_parameter(name), std=std)
+        if self.text_proj is not None:
+            nn.init.normal_(self.text_proj, std=width**-0.5)
+
+    @property
+    def towers(self) -> tuple["TextEncoder", ...]:
+        """See `Text`: itself alone."""
+        return (self,)
+
+    def vector(self, pooled: Tensor | None, size: tuple[int, int]) -> None:
+        """See `Text`: SD1.x and SD2.x have none."""
+        del pooled, size
 
     def hidden(self, ids: Tensor, skip: int = 0) -> Tensor:
         """Output of block `layers - skip`, before the final LayerNorm.
@@ -176,20 +243,45 @@ class TextEncoder(nn.Module):
                 f"{self.config.layers} layers: cut the ids with its tokenizer, lower skip"
             )
         h = self.token_embedding(ids) + self.positional_embedding[:n]  # b n d
+        return self._run(h, 0, self.config.layers - skip)
+
+    def _run(self, h: Tensor, first: int, end: int) -> Tensor:
+        """Blocks first..end-1 on b n d."""
+        n = h.shape[1]
         # Causal: each position sees itself and those before. Built here: a buffer would be lost on the meta device.
         mask = torch.full((n, n), -torch.inf, dtype=h.dtype, device=h.device).triu(1)
-        for block in self.transformer.resblocks[: self.config.layers - skip]:
+        for block in self.transformer.resblocks[first:end]:
             h = block(h, attn_mask=mask)
         return h
 
+    def skipped(self, clip_skip: int | None) -> int:
+        """Blocks left out at the end: `clip_skip` - 1, or as `config.layer` says where it is None."""
+        return int(self.config.layer == "penultimate") if clip_skip is None else clip_skip - 1
+
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids b n int64 -> tokens for cross-attention, b n d."""
-        h = self.hidden(ids, skip=1 if self.config.layer == "penultimate" else 0)
+        """Token ids b n int64 -> tokens for cross-attention, b n d, as the config's layer and final norm say."""
+        h = self.hidden(ids, self.skipped(None))
         return self.ln_final(h) if self.config.final_norm else h
 
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """Prompts -> tokens for cross-attention, b n d; cut as by `ids`."""
-        return self(self.ids(texts))
+    def outputs(self, ids: Tensor, clip_skip: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Tokens for cross-attention and the projected pooled features, in one run through the blocks.
+
+        Args:
+            ids: b n int64.
+            clip_skip: see `ldm.conditioning.TextUse`. The pooled features always come from the last block.
+
+        Returns: b n d, and b p (None without a projection).
+
+        Raises:
+            ValueError: as `hidden`.
+        """
+        skip = self.skipped(clip_skip)
+        h = self.hidden(ids, skip)
+        tokens = self.ln_final(h) if self.config.final_norm else h
+        if self.text_proj is None:
+            return tokens, None
+        last = self.ln_final(self._run(h, self.config.layers - skip, self.config.layers))
+        return tokens, self.pooled(last, ids) @ self.text_proj
 
     def ids(self, texts: Sequence[str]) -> Tensor:
         """Prompts -> token ids b n int64, on the tower's device.
@@ -197,16 +289,7 @@ class TextEncoder(nn.Module):
         Prompts that are too long are cut; the first time that happens there is a warning, and none after it.
         """
         tokens = self.tokenizer(texts)
-        self._seen += len(texts)
-        if tokens.truncated and not self._warned:
-            self._warned = True
-            logger.warning(
-                "%d of the %d prompts so far are longer than %d tokens and were cut, e.g. %.60r; this is said once",
-                len(tokens.truncated),
-                self._seen,
-                self.config.context_length,
-                texts[tokens.truncated[0]],
-            )
+        self._cut(texts, tokens.truncated, self.config.context_length)
         return tokens.ids.to(self.token_embedding.weight.device)
 
     def pooled(self, tokens: Tensor, ids: Tensor) -> Tensor:

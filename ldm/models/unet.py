@@ -4,9 +4,9 @@ Ho et al. 2020 (arXiv:2006.11239), Rombach et al. 2022 (arXiv:2112.10752), Podel
 SD1.x, SD2.x, SDXL and small models are one class at different `UNetConfig`s.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
@@ -15,104 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.control import Control, Encoded
+from ldm.control import KV, Control, Encoded
 from ldm.models.attention import SpatialTransformer, TransformerBlock
-from ldm.models.blocks import Downsample, Embed, ResBlock, Upsample, init_zero, timestep_embedding
+from ldm.models.blocks import Downsample, Embed, ResBlock, Upsample, init_zero, silu, timestep_embedding
+from ldm.models.unet_spec import CrossAttn, Tap, UNetConfig, UNetSpec, skip_taps
 from ldm.registry import register
 
-
-@dataclass(frozen=True, slots=True)
-class UNetConfig:
-    """Shape of a UNet. Per-level tuples go from full to lowest resolution."""
-
-    in_channels: int = 4
-    out_channels: int = 4
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    blocks: int | tuple[int, ...] = 2  # residual blocks per level in the encoder; the decoder has one more
-    depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks behind each residual block; 0 = no attention
-    mid_depth: int = 1
-    context_dim: int = 768
-    num_heads: int | None = 8  # heads everywhere, or
-    head_dim: int | None = None  # width of one head everywhere
-    linear_proj: bool = False  # Linear instead of 1x1 conv around transformers (SD2, SDXL)
-    vector_dim: int | None = None  # width of Control.vector (SDXL: 2816)
-    groups: int = 32
-
-    def __post_init__(self) -> None:
-        self._check_counts()
-        levels = len(self.channels)
-        if len(self.depth) != levels:
-            raise ValueError(f"depth has {len(self.depth)} entries, channels {levels}; give one depth per level")
-        if isinstance(self.blocks, tuple) and len(self.blocks) != levels:
-            raise ValueError(f"blocks has {len(self.blocks)} entries, channels {levels}; one number, or one a level")
-        if (self.num_heads is None) == (self.head_dim is None):
-            raise ValueError(f"num_heads is {self.num_heads} and head_dim {self.head_dim}; set one, null the other")
-        if (self.num_heads or self.head_dim or 0) < 1:
-            raise ValueError(f"num_heads is {self.num_heads} and head_dim {self.head_dim}; must be positive")
-        if bad := [c for c in self.channels if c % self.groups]:
-            raise ValueError(f"channels {bad} are not multiples of groups={self.groups}; change channels or groups")
-
-    def _check_counts(self) -> None:
-        """Raise ValueError on an empty `channels`, or a number that no layer can have."""
-        for name in ("in_channels", "out_channels", "channels", "blocks", "context_dim", "vector_dim", "groups"):
-            value = getattr(self, name)
-            if value == () or any(v < 1 for v in _numbers(value)):
-                raise ValueError(f"{name} is {value}, must be at least 1 everywhere; give positive numbers")
-        for name in ("depth", "mid_depth"):
-            if any(v < 0 for v in _numbers(getattr(self, name))):
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 0; 0 is no attention")
-
-    def heads(self, dim: int) -> int:
-        """Number of attention heads at width `dim`."""
-        if self.head_dim is None:
-            return self.num_heads or 1
-        if dim % self.head_dim:
-            raise ValueError(f"channels {dim} are not a multiple of head_dim={self.head_dim}; change either")
-        return dim // self.head_dim
-
-    def blocks_at(self, level: int) -> int:
-        """Residual blocks of one encoder level."""
-        return self.blocks if isinstance(self.blocks, int) else self.blocks[level]
-
-
-def _numbers(value: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else () if value is None else (value,)
-
-
-@dataclass(frozen=True, slots=True)
-class Tap:
-    """One feature map of the encoder: b channels h/stride w/stride of the latent."""
-
-    channels: int
-    stride: int
-
-
-@dataclass(frozen=True, slots=True)
-class CrossAttn:
-    """One cross-attention layer."""
-
-    inner_dim: int
-    heads: int
-    part: str  # "down" | "mid" | "up"
-
-
-@dataclass(frozen=True, slots=True)
-class UNetSpec:
-    """What adapters size themselves from."""
-
-    in_channels: int
-    emb_dim: int
-    context_dim: int
-    vector_dim: int | None
-    skips: tuple[Tap, ...]  # in encoder order; SD1.5 has 12
-    stages: tuple[Tap, ...]  # one per resolution: the last skip before each downsample (SD1.5 entries 2, 5, 8, 11)
-    mid: Tap
-    cross_attn: tuple[CrossAttn, ...]  # in execution order: down, mid, up
-
-    @property
-    def multiple(self) -> int:
-        """Latent height and width must be multiples of this."""
-        return self.mid.stride
+__all__ = ["CrossAttn", "Tap", "UNet", "UNetConfig", "UNetDecoder", "UNetEncoder", "UNetSpec", "num_parameters"]
 
 
 class UNetBlock(nn.Module):
@@ -183,10 +92,25 @@ class _Half(nn.Module):
         """Recompute block activations in backward instead of keeping them (less memory, about a third more time)."""
         self.checkpointing = on
 
+    def project(self, control: Control) -> Control:
+        """The Control with `kv`: keys and values of its context for this half's own layers, in execution order.
+
+        For a context that stays the same over many calls; pure, with gradients if the context has them.
+        """
+        context = control.context
+        return control if context is None else dataclasses.replace(control, kv=tuple(_project(self, context)))
+
     def _run(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)  # pyright: ignore[reportReturnType]
         return block(*args)
+
+
+def _entries(field: str, given: tuple[Tensor, ...], n: int, places: str) -> tuple[Tensor | None, ...]:
+    """What a Control adds at n places, None where it says nothing. Raises: ValueError on another number."""
+    if given and len(given) != n:
+        raise ValueError(f"Control.{field} has {len(given)} entries; this UNet has {n} {places}")
+    return given or (None,) * n
 
 
 class UNetEncoder(_Half):
@@ -203,29 +127,29 @@ class UNetEncoder(_Half):
         self.mid = MidBlock(config)
 
     def forward(self, x_t: Tensor, t: Tensor, control: Control) -> Encoded:
-        """x_t: b c h w, t: b -> mid, skips and embedding. Reads control.context, vector, stages and attn."""
+        """x_t: b c h w, t: b -> mid, skips and embedding. Reads control.context, kv, vector, stages, downs, attn."""
         return self.encode(self.conv_in(x_t), t, control)
 
     def encode(self, h: Tensor, t: Tensor, control: Control) -> Encoded:
         """The same from the output of `conv_in` on, for adapters that add to it (ControlNet's hint).
 
-        Raises: ValueError if control.stages does not fit, or vector or context is missing or of the wrong width.
+        Raises: ValueError if control.stages or downs do not fit, or vector or context is missing or of the wrong width.
         """
-        emb = self._embed(t, control, h.dtype)
+        act = F.silu(self._embed(t, control, h.dtype))  # once, not in each block
         skips = [h]
-        stages = control.stages or (None,) * len(self.levels)
-        if len(stages) != len(self.levels):
-            raise ValueError(f"Control.stages has {len(stages)} entries; this UNet has {len(self.levels)} resolutions")
-        for level, extra in zip(cast("list[EncoderLevel]", self.levels), stages, strict=True):
+        stages = _entries("stages", control.stages, len(self.levels), "resolutions")
+        downs = (*_entries("downs", control.downs, len(self.levels) - 1, "downsamplings"), None)
+        for level, extra, behind in zip(cast("list[EncoderLevel]", self.levels), stages, downs, strict=True):
             for i, block in enumerate(level.blocks):
-                h = self._run(block, h, emb, control)
+                h = self._run(block, h, act, control)
                 if extra is not None and i == len(level.blocks) - 1:
                     h = h + extra
                 skips.append(h)
             if level.down is not None:
                 h = level.down(h)
+                h = h if behind is None else h + behind
                 skips.append(h)
-        return Encoded(mid=self._run(self.mid, h, emb, control), skips=tuple(skips), emb=emb)
+        return Encoded(mid=self._run(self.mid, h, act, control), skips=tuple(skips), emb=act)
 
     def _embed(self, t: Tensor, control: Control, dtype: torch.dtype) -> Tensor:
         weight = self.conv_in.weight
@@ -255,14 +179,12 @@ class UNetDecoder(_Half):
         init_zero(self.conv_out)
 
     def forward(self, enc: Encoded, control: Control) -> Tensor:
-        """Prediction b c h w of the UNet's objective. Reads control.context, mid, skips and attn.
+        """Prediction b c h w of the UNet's objective. Reads control.context, kv, mid, skips and attn.
 
         Raises: ValueError if control.skips is neither empty nor as long as the skips.
         """
-        if control.skips and len(control.skips) != len(enc.skips):
-            raise ValueError(f"Control.skips has {len(control.skips)} entries; this UNet has {len(enc.skips)} skips")
         h = enc.mid if control.mid is None else enc.mid + control.mid
-        extra = control.skips or (None,) * len(enc.skips)
+        extra = _entries("skips", control.skips, len(enc.skips), "skips")
         pairs = reversed(list(zip(enc.skips, extra, strict=True)))
         for level in cast("list[DecoderLevel]", self.levels):
             for block in level.blocks:
@@ -270,7 +192,7 @@ class UNetDecoder(_Half):
                 skip = skip if residual is None else skip + residual
                 h = self._run(block, torch.cat([h, skip], dim=1), enc.emb, control)
             h = h if level.up is None else level.up(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(silu(self.norm_out(h)))
 
 
 @register("unet", "unet", options=UNetConfig)
@@ -281,7 +203,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = UNetEncoder(config)
-        self.decoder = UNetDecoder(config, _skip_taps(config))
+        self.decoder = UNetDecoder(config, skip_taps(config))
         self.spec = self._spec()
 
     def forward(self, x_t: Tensor, t: Tensor, control: Control) -> Tensor:
@@ -297,6 +219,15 @@ class UNet(nn.Module):
         """
         self._check(x_t, control)
         return self.decoder(self.encoder(x_t, t, control), control)
+
+    def project(self, control: Control) -> Control:
+        """The Control with `kv`: keys and values of its context for every cross-attention layer.
+
+        Once per image, for a context that is the same at every step. Adapters with attention of their own make
+        theirs (`Adapter.settle`).
+        """
+        context = control.context
+        return control if context is None else dataclasses.replace(control, kv=tuple(_project(self, context)))
 
     def checkpoint_activations(self, on: bool = True) -> None:
         """Recompute block activations in backward instead of keeping them (less memory, about a third more time)."""
@@ -317,17 +248,28 @@ class UNet(nn.Module):
             raise ValueError(
                 f"Control.context is {tuple(context.shape)} (b n d); this call needs b={b}, d={self.spec.context_dim}"
             )
+        if control.kv and len(control.kv) != len(self.spec.cross_attn):
+            raise ValueError(
+                f"Control.kv has {len(control.kv)} layers; this UNet has {len(self.spec.cross_attn)}: "
+                "let its project() make them"
+            )
 
     def _transformers(self) -> Iterator[tuple[str, SpatialTransformer]]:
-        for part, half in (("down", self.encoder.levels), ("mid", self.encoder.mid), ("up", self.decoder.levels)):
-            yield from ((part, m) for m in half.modules() if isinstance(m, SpatialTransformer))
+        """In execution order, named as `CrossAttn` says; decoder levels count from the lowest resolution."""
+        halves = (("down", self.encoder.levels), ("up", self.decoder.levels))
+        levels = [(f"{part}.{i}", level.blocks) for part, half in halves for i, level in enumerate(cast("Any", half))]
+        blocks = [(f"{level}.{j}", block) for level, each in levels for j, block in enumerate(each)]
+        down = sum(name.startswith("down") for name, _ in blocks)
+        for name, block in (*blocks[:down], ("mid", self.encoder.mid), *blocks[down:]):
+            if block.attn is not None:
+                yield name, block.attn
 
     def _spec(self) -> UNetSpec:
         cross: list[CrossAttn] = []
-        for part, module in self._transformers():
+        for name, module in self._transformers():
             module.first_layer = len(cross)
             attn2 = [block.attn2 for block in cast("list[TransformerBlock]", module.blocks)]
-            cross += [CrossAttn(a.to_q.out_features, a.heads, part) for a in attn2]
+            cross += [CrossAttn(a.to_q.out_features, a.heads, name.partition(".")[0], name) for a in attn2]
         config = self.config
         strides = [2**i for i in range(len(config.channels))]
         return UNetSpec(
@@ -335,20 +277,19 @@ class UNet(nn.Module):
             emb_dim=4 * config.channels[0],
             context_dim=config.context_dim,
             vector_dim=config.vector_dim,
-            skips=_skip_taps(config),
+            skips=skip_taps(config),
             stages=tuple(Tap(c, s) for c, s in zip(config.channels, strides, strict=True)),
             mid=Tap(config.channels[-1], strides[-1]),
             cross_attn=tuple(cross),
         )
 
 
-def _skip_taps(config: UNetConfig) -> tuple[Tap, ...]:
-    taps = [Tap(config.channels[0], 1)]
-    for level, c in enumerate(config.channels):
-        taps += [Tap(c, 2**level)] * config.blocks_at(level)
-        if level < len(config.channels) - 1:
-            taps.append(Tap(c, 2 ** (level + 1)))
-    return tuple(taps)
+def _project(network: nn.Module, context: Tensor) -> Iterator[KV]:
+    """Keys and values of every cross-attention layer, in the order of the modules, which is that of execution."""
+    for module in network.modules():
+        if isinstance(module, TransformerBlock):
+            k, v = module.attn2.project(context)
+            yield k.contiguous(), v.contiguous()  # read at every step: laid out for it once
 
 
 def num_parameters(module: nn.Module) -> int:

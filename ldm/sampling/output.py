@@ -2,7 +2,7 @@
 
 A folder belongs to one set of settings: the first line of its `config.yaml` holds a digest of all that decides the
 pictures: models and the content of their weights, adapters, `sample:` without `batch`, prompts, seeds and the content
-of the hints. The same settings write the same files again; a folder of other settings, or with files of another
+of the image files. The same settings write the same files again; a folder of other settings, or with files of another
 origin, is refused before anything is written.
 """
 
@@ -26,11 +26,12 @@ from torch import Tensor
 from ldm import config as configs
 from ldm import grid
 from ldm.config import RunConfig
+from ldm.convert import files
 from ldm.data import transforms
 from ldm.data.reading import read_image
 from ldm.prompts import Prompt
 from ldm.registry import ConfigError
-from ldm.sampling.plan import Item, Plan, load_hint
+from ldm.sampling.plan import Item, Plan, load_image, load_mask
 
 CHUNK: Final = "parameters"  # keyword of the PNG text chunk
 HEADER: Final = "# sampling digest: "
@@ -44,15 +45,16 @@ class Output:
     """Writes one run's files. Every rank may make one; `begin` and `finish` are for rank 0."""
 
     def __init__(self, plan: Plan) -> None:
-        """Read the content of weights and hints (not yet the folder).
+        """Read the content of weights and image files (not yet the folder).
 
         Raises: ConfigError if one of the weights does not exist or cannot be read.
         """
         self.folder = Path(plan.config.out.dir)
         self._plan = plan
-        self._weights = {slot: {"file": str(p), "sha256": file_digest(p)} for slot, p in plan.weights.items()}
-        digest = cache(file_digest)  # many prompts may share a hint
-        content = [[digest(path) for path in prompt.hints.values()] for prompt in plan.prompts]
+        digest = cache(file_digest)  # slots may share a file, and many prompts an image
+        self._weights = {slot: {"file": str(p), "sha256": digest(p)} for slot, p in plan.weights.items()}
+        content = [[digest(path) for path in prompt.files] for prompt in plan.prompts]
+        content += [[digest(Path(use.mask))] for use in plan.uses.values() if use.mask is not None]
         self._digest = _digest(_decisive(plan.config), [_record(p) for p in plan.prompts], content, self._weights)
 
     def check(self) -> None:
@@ -107,7 +109,7 @@ class Output:
         """All that made one image; its `config`, saved as a file, draws this image again."""
         s, prompt = self._plan.config.sample, item.prompt
         uses = {name: dataclasses.asdict(self._plan.uses[name]) for name in prompt.hints}
-        alone = dataclasses.replace(s, prompts=[_record(prompt)], seeds=str(item.seed), hints={})
+        alone = dataclasses.replace(s, prompts=[_record(prompt)], seeds=str(item.seed), hints={}, image=None, mask=None)
         return {
             "prompt": prompt.text,
             "negative": prompt.negative,
@@ -116,6 +118,7 @@ class Output:
             "sampler": s.sampler,
             "guidance": dataclasses.asdict(s.guidance),
             "adapters": {name: use | {"hint": str(prompt.hints[name])} for name, use in uses.items()},
+            "source": _source(prompt) | {"strength": self._plan.strength},
             "weights": self._weights,
             "config": _plain(dataclasses.replace(self._plan.config, sample=alone)),
         }
@@ -131,12 +134,13 @@ class Output:
         return f"other {', '.join(keys[:3])}" if keys else "the content of its prompts, hints or weights has changed"
 
     def _grid(self) -> Image.Image:
-        """Rows are prompts, columns are the hints and then the seeds."""
+        """Rows are prompts, columns are hints, image and mask, and then the seeds."""
         rows, seeds = self._plan.prompts[:GRID_ROWS], self._plan.seeds[:GRID_COLUMNS]
-        columns = {
-            f"hint: {name}": _column([load_hint(p.hints[name], self._plan.size) for p in rows])
-            for name in rows[0].hints
-        }
+        columns = {f"hint: {name}": _column([self._plan.shown(p, name) for p in rows]) for name in rows[0].hints}
+        if images := [load_image(p.image, self._plan.size) for p in rows if p.image is not None]:
+            columns["image"] = _column(images).add(1).div(2)
+        if masks := [load_mask(p.mask, self._plan.size) for p in rows if p.mask is not None]:
+            columns["mask"] = _column(masks).expand(-1, 3, -1, -1)
         for seed in seeds:
             files = [self.folder / Item(row, prompt, seed).file for row, prompt in enumerate(rows)]
             columns[f"seed {seed}"] = _column([_read_png(file) for file in files])
@@ -156,7 +160,10 @@ def read_parameters(path: Path) -> dict[str, Any]:
 
 
 def file_digest(path: Path) -> str:
-    """Sha256 of a file. Raises: ConfigError if it cannot be read."""
+    """Sha256 of a file; of the files' sha256 where they are several. Raises: ConfigError if one cannot be read."""
+    paths = files.every(path)
+    if paths != [path]:
+        return _digest(*(file_digest(file) for file in paths))
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -169,11 +176,18 @@ def file_digest(path: Path) -> str:
 def _record(prompt: Prompt) -> dict[str, Any]:
     """As `ldm.prompts` reads it back."""
     hints = {name: str(path) for name, path in prompt.hints.items()}
-    return {"prompt": prompt.text, "negative": prompt.negative, "hints": hints}
+    return {"prompt": prompt.text, "negative": prompt.negative, "hints": hints} | _source(prompt)
+
+
+def _source(prompt: Prompt) -> dict[str, str | None]:
+    """Its image and mask."""
+    return {
+        name: None if path is None else str(path) for name, path in (("image", prompt.image), ("mask", prompt.mask))
+    }
 
 
 def _decisive(config: RunConfig) -> dict[str, Any]:
-    """The part of a config that decides the pictures. Prompts and hints are files in it: see `Output`."""
+    """The part of a config that decides the pictures. Prompts and image files are paths in it: see `Output`."""
     whole = _plain(config)
     return {"model": whole["model"], "adapters": whole["adapters"], "sample": whole["sample"] | {"batch": None}}
 

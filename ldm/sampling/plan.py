@@ -1,31 +1,34 @@
 """A sampling run before anything is built: its prompts, seeds, hints and weights, resolved and checked."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm import build
 from ldm import config as configs
+from ldm.conditioning import TextUse
 from ldm.config import Node, RunConfig
 from ldm.data import transforms
-from ldm.data.reading import SUFFIXES, read_image
+from ldm.data.reading import SUFFIXES, pictures, read_image
 from ldm.denoiser import AdapterUse
 from ldm.guidance import GuidanceConfig
 from ldm.prompts import Prompt, read_prompts, read_seeds
 from ldm.registry import ConfigError, suggest
 from ldm.training import checkpoint
 
+STRENGTH: Final = 0.8  # what published image-to-image pipelines start from, and 1 where there is a mask
 PRECISIONS: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Item:
-    """One image to draw: prompt number `row` (negative and hints resolved) with one seed."""
+    """One image to draw: prompt number `row` (negative and files resolved) with one seed."""
 
     row: int
     prompt: Prompt
@@ -43,7 +46,8 @@ class Plan:
 
     Attributes:
         config: with every `weights:` naming its file.
-        prompts: rows of the grid, negative and hints resolved; all have hints for the same adapters.
+        prompts: rows of the grid, negative and files resolved; all have hints for the same adapters, and all or none
+            an image, all or none a mask.
         seeds: columns of the grid.
         guidance: classifier-free guidance.
         uses: adapter name -> its use.
@@ -62,6 +66,45 @@ class Plan:
         """Height and width in pixels."""
         return self.config.sample.height, self.config.sample.width
 
+    @property
+    def strength(self) -> float | None:
+        """Part of the steps that is run from an image; None without images."""
+        first, strength = self.prompts[0], self.config.sample.strength
+        if first.image is None or strength is not None:
+            return strength
+        return STRENGTH if first.mask is None else 1.0
+
+    @property
+    def text(self) -> TextUse:
+        """How prompts are read."""
+        s = self.config.sample
+        return TextUse(s.clip_skip, s.prompt_weights, s.long_prompts)
+
+    def hint(self, prompt: Prompt, name: str) -> Tensor:
+        """The hint of one adapter in [0, 1]: 3 h w, extracted if its use says so; an image prompt's references m 3 s s.
+
+        Raises: as `load_hint`; ConfigError if a folder of references is empty.
+        """
+        if (side := build.reference_size(name, self.config.adapters[name])) is not None:
+            files = pictures(prompt.hints[name])
+            if not files:
+                raise ConfigError(f"hint {prompt.hints[name]} has no images; put the references of {name!r} there")
+            return torch.stack([load_reference(file, side) for file in files])
+        if prompt.hints[name].is_dir():
+            raise ConfigError(f"hint {prompt.hints[name]} is a folder; only image prompts take several files")
+        return load_hint(prompt.hints[name], self.size, self.uses[name].extract())
+
+    def shown(self, prompt: Prompt, name: str) -> Tensor:
+        """The hint of one adapter as a picture of the size to draw, 3 h w; of an image prompt the first reference."""
+        hint = self.hint(prompt, name)
+        prompted = build.reference_size(name, self.config.adapters[name]) is not None
+        return F.interpolate(hint[:1], self.size, mode="area")[0] if prompted else hint
+
+    def masks(self) -> dict[str, Tensor]:
+        """Adapter name -> where it counts, 1 h w of 0 and 1. Raises: as `load_mask`."""
+        files = {name: use.mask for name, use in self.uses.items() if use.mask is not None}
+        return {name: load_mask(Path(file), self.size) for name, file in files.items()}
+
     def batches(self) -> list[list[Item]]:
         """Every prompt with every seed, in batches of `sample.batch`."""
         items = [Item(row, prompt, seed) for row, prompt in enumerate(self.prompts) for seed in self.seeds]
@@ -69,7 +112,7 @@ class Plan:
 
 
 def plan(config: RunConfig) -> Plan:
-    """Check what can be checked without models, and resolve prompts, seeds, hints and weights.
+    """Check what can be checked without models, and resolve prompts, seeds, image files and weights.
 
     Raises: ConfigError.
     """
@@ -84,24 +127,83 @@ def plan(config: RunConfig) -> Plan:
     build.uses(config)  # refuse a node that is no adapter before looking for its weights
     config, weights = _pin_weights(config)
     prompts = _resolved(config, read_prompts(s.prompts))
+    if s.strength is not None and prompts[0].image is None:
+        raise ConfigError(f"sample.strength is {s.strength} without an image; set sample.image, or drop strength")
     guidance = GuidanceConfig(**dataclasses.asdict(s.guidance))
     return Plan(config, prompts, read_seeds(s.seeds), guidance, build.uses(config), weights)
 
 
 @lru_cache(maxsize=64)
-def load_hint(path: Path, size: tuple[int, int]) -> Tensor:
+def load_hint(path: Path, size: tuple[int, int], extract: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """A hint image as 3 h w in [0, 1], resized (by area) to the picture's size where its shape is the same.
+
+    Args:
+        path: image file.
+        size: (height, width).
+        extract: makes the hint of an ordinary picture (`AdapterUse.extract`); None if the file is the hint.
 
     Raises: DataError if it cannot be read; ConfigError if its aspect ratio is not that of `size` (height, width).
     """
-    image = read_image(path, hint=True)
-    pixels = transforms.resize(image, min(size), crop="center", hint=True)
+    if extract is not None:
+        return transforms.extracted(extract, _fitted("image", path, size))
+    return transforms.to_hint(_fitted("hint", path, size))
+
+
+@lru_cache(maxsize=64)
+def load_reference(path: Path, side: int) -> Tensor:
+    """An image prompt as 3 side side in [0, 1]: shorter side resized (bicubic), then the centre, as CLIP is trained.
+
+    Raises: DataError if it cannot be read.
+    """
+    pixels = transforms.resize(read_image(path), side, crop="center", hint=False)
+    top, left = ((length - side) // 2 for length in pixels.shape[-2:])
+    return transforms.to_hint(transforms.Window(top, left, side, False).cut(pixels))
+
+
+@lru_cache(maxsize=64)
+def load_image(path: Path, size: tuple[int, int]) -> Tensor:
+    """A source image as 3 h w in [-1, 1], resized (bicubic) as a hint is. Raises: as `load_hint`."""
+    return transforms.to_image(_fitted("image", path, size))
+
+
+@lru_cache(maxsize=64)
+def load_mask(path: Path, size: tuple[int, int]) -> Tensor:
+    """A mask as 1 h w of 0 and 1, resized (by area) as a hint is; grey from one half on counts as white.
+
+    Raises: as `load_hint`; ConfigError if nothing in it is white.
+    """
+    grey = transforms.to_hint(_fitted("mask", path, size)).mean(0, keepdim=True)
+    mask = (grey >= 0.5).float()
+    if not mask.any():
+        raise ConfigError(
+            f"mask {path} has no white pixel, so nothing would be drawn; make white what is to be redrawn"
+        )
+    return mask
+
+
+def _fitted(what: str, path: Path, size: tuple[int, int]) -> Tensor:
+    """The pixels of an image file, 3 h w uint8 of that size."""
+    hint = what != "image"
+    image = read_image(path, hint=hint)
+    if min(image.size) < 2:
+        raise ConfigError(f"{what} {path} is {image.height}x{image.width} (h w), which shows nothing; give a picture")
+    pixels = transforms.resize(image, min(size), crop="center", hint=hint)
     if pixels.shape[1:] != size:
         raise ConfigError(
-            f"hint {path} is {image.height}x{image.width} (h w), the picture {size[0]}x{size[1]}: not the same shape; "
-            "crop the hint, or change sample.height and sample.width"
+            f"{what} {path} is {image.height}x{image.width} (h w), the picture {size[0]}x{size[1]}: not the same "
+            f"shape; crop the {what}, or change sample.height and sample.width"
         )
-    return transforms.to_hint(pixels)
+    return pixels
+
+
+def check_pair(image: Path, mask: Path) -> None:
+    """Refuse a mask of another size than its image. Raises: ConfigError; DataError if one cannot be read."""
+    a, b = read_image(image), read_image(mask, hint=True)
+    if a.size != b.size:
+        raise ConfigError(
+            f"mask {mask} is {b.height}x{b.width} (h w), its image {image} {a.height}x{a.width}; they must be of one "
+            "size: draw the mask over that image"
+        )
 
 
 def run_overrides(run: Path) -> list[str]:
@@ -140,31 +242,35 @@ def _yaml_text(path: Path) -> str:
 
 
 def _pin_weights(config: RunConfig) -> tuple[RunConfig, dict[str, Path]]:
-    """The config with run folders replaced by the file of their newest checkpoint, and those files by slot."""
+    """The config with folders (of runs, of models) replaced by the file that counts in them, and those by slot."""
     weights: dict[str, Path] = {}
 
-    def pinned(slot: str, node: Node | None, stems: Sequence[str]) -> Node | None:
+    def pinned(slot: str, node: Node | None, kind: str) -> Node | None:
         if node is None:
             return None
-        file = build.weights_file(node, slot)
+        file = build.weights_file(kind, node, slot)
         if file is None:
             raise ConfigError(f"{slot}.weights is not set: random weights draw noise; name a safetensors file or a run")
-        weights[slot] = checkpoint.find_weights(file, stems)
-        return {**node, "weights": str(weights[slot])}
+        weights[slot] = file
+        encoder = build.encoder_node(slot, node) if kind == "adapter" else None
+        inner = {"encoder": pinned(f"{slot}.encoder", encoder, "image")} if encoder else {}
+        return {**node, **inner, "weights": str(file)}
 
-    nodes: dict[str, Any] = {
-        kind: pinned(f"model.{kind}", getattr(config.model, kind), (kind, "model")) for kind in ("unet", "vae", "text")
-    }
-    adapters = {
-        name: pinned(f"adapters.{name}", node, (f"adapter.{name}", "adapter")) for name, node in config.adapters.items()
-    }
+    kinds = ("unet", "vae", "text")
+    nodes: dict[str, Any] = {kind: pinned(f"model.{kind}", getattr(config.model, kind), kind) for kind in kinds}
+    adapters = {name: pinned(f"adapters.{name}", node, "adapter") for name, node in config.adapters.items()}
     model = dataclasses.replace(config.model, **nodes)
     return dataclasses.replace(config, model=model, adapters=adapters), weights
 
 
 def _resolved(config: RunConfig, prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
-    """Prompts with their negative text and their hint files; a prompt's own win over those of `sample:`."""
-    shared = {name: _files(name, value, len(prompts)) for name, value in config.sample.hints.items()}
+    """Prompts with their negative text and their files; a prompt's own win over those of `sample:`."""
+    s, rows = config.sample, len(prompts)
+    shared = {name: _files(f"sample.hints.{name}", value, rows) for name, value in s.hints.items()}
+    images, masks = (
+        [None] * rows if value is None else _files(f"sample.{name}", value, rows)
+        for name, value in (("image", s.image), ("mask", s.mask))
+    )
     result: list[Prompt] = []
     for row, prompt in enumerate(prompts):
         hints = {name: files[row] for name, files in shared.items()} | dict(prompt.hints)
@@ -174,28 +280,41 @@ def _resolved(config: RunConfig, prompts: Sequence[Prompt]) -> tuple[Prompt, ...
                 f"hint for {unknown[0]!r}, which is no adapter; adapters: {known}{suggest(unknown[0], config.adapters)}"
             )
         ordered = {name: hints[name] for name in config.adapters if name in hints}
-        negative = config.sample.negative if prompt.negative is None else prompt.negative
-        result.append(Prompt(prompt.text, negative, ordered))
-    for row, prompt in enumerate(result):
-        if prompt.hints.keys() != result[0].hints.keys():
-            raise ConfigError(
-                f"prompt {row} has hints for {sorted(prompt.hints)}, prompt 0 for {sorted(result[0].hints)}; "
-                "give each adapter a hint for all prompts or for none"
-            )
+        negative = s.negative if prompt.negative is None else prompt.negative
+        image, mask = prompt.image or images[row], prompt.mask or masks[row]
+        result.append(Prompt(prompt.text, negative, ordered, image, mask))
+    _check_alike(result)
     return tuple(result)
 
 
-def _files(name: str, value: Any, rows: int) -> list[Path]:
+def _check_alike(prompts: Sequence[Prompt]) -> None:
+    """A batch holds any prompts, so all must bring the same kinds of files. Raises: ConfigError."""
+    first = prompts[0]
+    for row, prompt in enumerate(prompts):
+        if prompt.mask is not None and prompt.image is None:
+            raise ConfigError(f"prompt {row} has mask {prompt.mask} and no image; set sample.image, or drop the mask")
+        for name in ("image", "mask"):
+            if (getattr(prompt, name) is None) != (getattr(first, name) is None):
+                has, lacks = (0, row) if getattr(prompt, name) is None else (row, 0)
+                raise ConfigError(f"prompt {has} has {name}, prompt {lacks} none; give one to all prompts or to none")
+        if prompt.hints.keys() != first.hints.keys():
+            raise ConfigError(
+                f"prompt {row} has hints for {sorted(prompt.hints)}, prompt 0 for {sorted(first.hints)}; "
+                "give each adapter a hint for all prompts or for none"
+            )
+
+
+def _files(key: str, value: Any, rows: int) -> list[Path]:
     """One image file per prompt: the same for all, or the images of a folder in order of their names."""
     if not isinstance(value, str):
-        raise ConfigError(f"sample.hints.{name} is {value!r:.60}, must be an image file or a folder of images")
+        raise ConfigError(f"{key} is {value!r:.60}, must be an image file or a folder of images")
     path = Path(value)
     if not path.is_dir():
         return [path] * rows
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
     if len(files) != rows:
         raise ConfigError(
-            f"sample.hints.{name}: folder {path} has {len(files)} images for {rows} prompts; "
+            f"{key}: folder {path} has {len(files)} images for {rows} prompts; "
             "give one image per prompt (they are matched in order of name), or one file for all"
         )
     return files

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm import build, generate, registry
+from ldm.conditioning import count_cut
 from ldm.config import RunConfig
-from ldm.models.text import Tokenizer
 from ldm.models.unet import num_parameters
 from ldm.registry import ConfigError
 from ldm.samplers import Sampler
 from ldm.sampling.output import Output
-from ldm.sampling.plan import PRECISIONS, Item, Plan, load_hint, plan
+from ldm.sampling.plan import PRECISIONS, Item, Plan, check_pair, load_hint, load_image, load_mask, load_reference, plan
+from ldm.source import Source, first_step, for_inpainting
 from ldm.training import distributed
 
 log = logging.getLogger(__name__)
@@ -33,11 +34,12 @@ def sample(config: RunConfig) -> Path:
     """
     with distributed.session(config.device) as rank:
         job = plan(config)
-        _check_hints(job)
+        _check_images(job)
+        sampler = _sampler(job)
         output = Output(job)
         output.check()
         models = load_models(job.config, rank.device)
-        sampler = _sampler(job, models)
+        _check_models(job, models)
         cut = _report(job, models)
         rank.barrier()  # every rank has checked the folder before its first file is written
         if rank.main:
@@ -69,7 +71,8 @@ def dry_run(config: RunConfig) -> str:
             schedule=build.schedule(job.config),
             objective=job.config.model.objective,
         )
-    sampler = _sampler(job, models)
+    sampler = _sampler(job)
+    _check_models(job, models)
     h, w = job.size
     parts = {
         "unet": models.denoiser.unet,
@@ -77,8 +80,8 @@ def dry_run(config: RunConfig) -> str:
         "text": models.text,
         **dict(models.denoiser.adapters.items()),
     }
-    files = [*job.weights.values(), *(path for prompt in job.prompts for path in prompt.hints.values())]
-    absent = [str(path) for path in dict.fromkeys(files) if not path.is_file()]
+    files = [*job.weights.values(), *(path for prompt in job.prompts for path in prompt.files)]
+    absent = [str(path) for path in dict.fromkeys(files) if not path.exists()]
     lines = [
         f"{len(job.prompts)} prompts x {len(job.seeds)} seeds = {len(job.prompts) * len(job.seeds)} images of {h}x{w} "
         f"in batches of {job.config.sample.batch}, {len(sampler.timesteps)} steps each, to {job.config.out.dir}",
@@ -113,34 +116,64 @@ def load_models(config: RunConfig, device: torch.device) -> generate.Models:
 def draw(job: Plan, models: generate.Models, sampler: Sampler, items: Sequence[Item]) -> Tensor:
     """One batch: b 3 h w in [0, 1]. Raises: ValueError where a hint does not fit its adapter."""
     names = list(items[0].prompt.hints)
-    return generate.images(
-        models,
+    request = generate.Request(
         [item.prompt.text for item in items],
         [item.seed for item in items],
-        size=job.size,
-        sampler=sampler,
-        guidance=job.guidance,
-        hints={name: torch.stack([load_hint(item.prompt.hints[name], job.size) for item in items]) for name in names},
-        uses=job.uses,
+        job.size,
         negative=[item.prompt.negative or "" for item in items],
+        text=job.text,
+        guidance=job.guidance,
+        hints={name: torch.stack([job.hint(item.prompt, name) for item in items]) for name in names},
+        uses=job.uses,
+        masks={name: mask.expand(len(items), -1, -1, -1) for name, mask in job.masks().items()},
+        source=_source(job, items),
         tile=job.config.sample.tile,
     )
+    return generate.images(models, request, sampler)
 
 
-def _sampler(job: Plan, models: generate.Models) -> Sampler:
-    """The sampler; checks the picture's size as well. Raises: ConfigError."""
+def _source(job: Plan, items: Sequence[Item]) -> Source | None:
+    images = [load_image(path, job.size) for item in items if (path := item.prompt.image) is not None]
+    masks = [load_mask(path, job.size) for item in items if (path := item.prompt.mask) is not None]
+    if job.strength is None or not images:
+        return None
+    return Source(torch.stack(images), job.strength, torch.stack(masks) if masks else None)
+
+
+def _sampler(job: Plan) -> Sampler:
+    """Raises: ConfigError, also where `sample.strength` leaves no step of it."""
+    sampler: Sampler = registry.build("sampler", job.config.sample.sampler, schedule=build.schedule(job.config))
+    if job.strength is not None:
+        first_step(len(sampler.timesteps), job.strength)
+    return sampler
+
+
+def _check_models(job: Plan, models: generate.Models) -> None:
+    """Refuse what these models cannot draw. Raises: ConfigError."""
+    job.text.check(models.text)
+    for_inpainting(models.denoiser.unet, models.vae, masked=job.prompts[0].mask is not None)
     multiple = generate.multiple_of(models)
     if any(side % multiple for side in job.size):
         h, w = job.size
         raise ConfigError(f"sample.height, width are {h}, {w}; must be multiples of {multiple} for these models")
-    return registry.build("sampler", job.config.sample.sampler, schedule=models.schedule)
 
 
-def _check_hints(job: Plan) -> None:
-    """Decode every hint once, so that a bad one stops the run before it draws. Raises: DataError, ConfigError."""
-    load_hint.cache_clear()  # files may have changed since an earlier run of this process
-    for path in dict.fromkeys(path for prompt in job.prompts for path in prompt.hints.values()):
-        load_hint(path, job.size)
+def _check_images(job: Plan) -> None:
+    """Decode every image file once, so that a bad one stops the run at once. Raises: DataError, ConfigError."""
+    for load in (load_hint, load_reference, load_image, load_mask):
+        load.cache_clear()  # files may have changed since an earlier run of this process
+    job.masks()
+    for name in job.prompts[0].hints:
+        counts = {job.hint(prompt, name).shape[:-3].numel() for prompt in job.prompts}
+        if len(counts) > 1:
+            raise ConfigError(f"prompts have {sorted(counts)} references for {name!r}; give each prompt as many")
+    for image, mask in dict.fromkeys((prompt.image, prompt.mask) for prompt in job.prompts):
+        if image is not None and mask is not None:
+            check_pair(image, mask)
+        if image is not None:
+            load_image(image, job.size)
+        if mask is not None:
+            load_mask(mask, job.size)
 
 
 def _report(job: Plan, models: generate.Models) -> dict[str, int]:
@@ -151,16 +184,8 @@ def _report(job: Plan, models: generate.Models) -> dict[str, int]:
         return {}
     negatives = [p.negative for p in job.prompts if p.negative and job.guidance.scale > 1]
     texts = list(dict.fromkeys([*(p.text for p in job.prompts), *negatives]))
-    config = models.text.config
-    room, cut = config.context_length - 2, dict[str, int]()
-    for i in models.text.tokenizer(texts).truncated:
-        cut[texts[i]] = count_tokens(texts[i], config.merges) - room
-        log.warning("prompt cut: its last %d tokens do not fit into %d: %.60r", cut[texts[i]], room, texts[i])
+    cut = {text: lost for text in texts if (lost := count_cut(models.text, text, job.text))}
+    for text, lost in cut.items():
+        room = models.text.towers[0].tokenizer.room
+        log.warning("prompt cut: its last %d tokens do not fit into %d: %.60r", lost, room, text)
     return cut
-
-
-def count_tokens(text: str, merges: int | None) -> int:
-    """Tokens of a text without its begin and end marks."""
-    tokenizer = Tokenizer(len(text.encode()) * 2 + 3, merges, pad="zero")  # no text has more tokens than bytes
-    ids = tokenizer([text]).ids[0]
-    return int((ids == tokenizer.eos).nonzero().max()) - 1

@@ -1,18 +1,22 @@
-"""Inputs of diffusion training computed once: VAE posteriors and text tokens, kept in memory."""
+"""Inputs of diffusion training computed once: VAE posteriors and text conditions, kept in memory."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ldm.data.images import ImageData, collate
-from ldm.models.text import TextEncoder
+from ldm.control import Control
+from ldm.data.images import ImageData, choose, collate
 from ldm.models.vae import VAE
 
 ENCODE_BATCH = 64
+EncodePrompts = Callable[[Tensor], dict[str, Tensor]]  # references b 3 h w in [-1, 1] -> adapter -> features b 1 n d
+Encode = Callable[[Sequence[str], tuple[int, int]], Control]  # captions and (height, width) in pixels -> condition
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,39 +25,58 @@ class Latents:
 
     Attributes:
         mean, std: b c h w, posterior of the unscaled latent, float32.
-        context: b n d text tokens.
+        base: condition of the captions, all tensors b ...
         hints: name -> b 3 h w in [0, 1].
+        prompts: adapter name -> b m n d, encoded image prompts.
     """
 
     keys: list[str]
     mean: Tensor
     std: Tensor
-    context: Tensor
+    base: Control
     hints: dict[str, Tensor] = field(default_factory=dict)
+    prompts: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> "Latents":
         """The same batch on `device`."""
         move = {"device": device, "non_blocking": True}
-        hints = {name: h.to(**move) for name, h in self.hints.items()}
-        return Latents(self.keys, self.mean.to(**move), self.std.to(**move), self.context.to(**move), hints)
+        hints, prompts = ({name: h.to(**move) for name, h in d.items()} for d in (self.hints, self.prompts))
+        base = tree_map(lambda x: x.to(**move), self.base)
+        return Latents(self.keys, self.mean.to(**move), self.std.to(**move), base, hints, prompts)
 
     def pin_memory(self) -> "Latents":
         """The same batch in page-locked memory, from where `to` copies in the background; DataLoader calls this."""
-        hints = {name: h.pin_memory() for name, h in self.hints.items()}
-        return Latents(self.keys, self.mean.pin_memory(), self.std.pin_memory(), self.context.pin_memory(), hints)
+        hints, prompts = ({name: h.pin_memory() for name, h in d.items()} for d in (self.hints, self.prompts))
+        base = tree_map(lambda x: x.pin_memory(), self.base)
+        return Latents(self.keys, self.mean.pin_memory(), self.std.pin_memory(), base, hints, prompts)
+
+
+def tree_map(change: Callable[..., Tensor], first: Control, *rest: Control) -> Control:
+    """Change every tensor of a Control, given those in its place in the others, which have the same ones."""
+    return pytree.tree_map(lambda x, *xs: change(x, *xs) if isinstance(x, Tensor) else x, first, *rest)
 
 
 class LatentData(Dataset[Any]):
-    """An encoded data set. Augmentation is frozen at the unaugmented view; each caption is encoded once."""
+    """An encoded data set. Augmentation is frozen at the unaugmented view; captions and references are encoded once.
 
-    def __init__(self, data: ImageData, vae: VAE, text: TextEncoder, device: torch.device) -> None:
+    Which reference a sample gets is drawn anew each time, as the data itself would.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        vae: VAE,
+        encode: Encode,
+        device: torch.device,
+        encode_prompts: EncodePrompts | None = None,
+    ) -> None:
         self.keys: list[str] = []
         means: list[Tensor] = []
         stds: list[Tensor] = []
         hints: dict[str, list[Tensor]] = {}
         rows: list[int] = []
         captions: dict[str, int] = {}
-        contexts: list[Tensor] = []
+        bases: list[Control] = []
         loader = DataLoader(data, batch_size=ENCODE_BATCH, collate_fn=collate)
         for batch in tqdm(loader, desc="encoding latents", mininterval=1.0):
             posterior = vae.encode(batch.image.to(device))
@@ -62,26 +85,49 @@ class LatentData(Dataset[Any]):
             fresh = [c for c in dict.fromkeys(batch.text) if c not in captions]
             if fresh:
                 captions |= {c: len(captions) + i for i, c in enumerate(fresh)}
-                contexts.append(text.encode(fresh).cpu())
+                size = (batch.image.shape[-2], batch.image.shape[-1])
+                bases.append(tree_map(Tensor.cpu, encode(fresh, size)))
             rows += [captions[c] for c in batch.text]
             self.keys += batch.keys
             for name, hint in batch.hints.items():
                 hints.setdefault(name, []).append(hint.mul(255).round().to(torch.uint8))
         self.mean, self.std = torch.cat(means), torch.cat(stds)
-        self.context, self.rows = torch.cat(contexts), rows
+        self.base = tree_map(lambda *xs: torch.cat(xs), bases[0], *bases[1:])
+        self.rows = rows
         self.hints = {name: torch.cat(h) for name, h in hints.items()}
+        self.prompts: dict[str, Tensor] = {}
+        if encode_prompts is not None:
+            self._encode_references(data, encode_prompts, device)
+
+    def _encode_references(self, data: ImageData, encode: EncodePrompts, device: torch.device) -> None:
+        names = [data.references(i) for i in range(len(data))]
+        every = {name: i for i, name in enumerate(dict.fromkeys(name for some in names for name in some))}
+        self.references = [tuple(every[name] for name in some) for some in names]
+        parts: dict[str, list[Tensor]] = {}
+        order = list(every)
+        for start in tqdm(range(0, len(order), ENCODE_BATCH), desc="encoding references", mininterval=1.0):
+            some = torch.stack([data.reference(name) for name in order[start : start + ENCODE_BATCH]])
+            features = encode(some.to(device))
+            for name, f in features.items():
+                parts.setdefault(name, []).append(f.half().cpu())
+        self.prompts = {name: torch.cat(f) for name, f in parts.items()}
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def load(self, index: int, generator: torch.Generator | None = None) -> int:
-        """Items are row numbers; `collate` gathers them in one go."""
-        del generator
-        return index
+    def load(self, index: int, generator: torch.Generator | None = None) -> tuple[int, int]:
+        """Items are row numbers of the sample and of its reference (-1: none); `collate` gathers them in one go."""
+        if not self.prompts:
+            return index, -1
+        some = self.references[index]
+        return index, some[choose(len(some), self.keys[index], generator)]
 
-    def collate(self, rows: list[int]) -> Latents:
+    def collate(self, items: list[tuple[int, int]]) -> Latents:
         """Rows -> batch."""
-        i = torch.tensor(rows)
-        context = self.context[torch.tensor([self.rows[r] for r in rows])]
+        rows = [r for r, _ in items]
+        i, j = torch.tensor(rows), torch.tensor([r for _, r in items])
+        row = torch.tensor([self.rows[r] for r in rows])
+        base = tree_map(lambda x: x[row], self.base)
         hints = {name: h[i].float() / 255 for name, h in self.hints.items()}
-        return Latents([self.keys[r] for r in rows], self.mean[i], self.std[i], context, hints)
+        prompts = {name: f[j].float() for name, f in self.prompts.items()}
+        return Latents([self.keys[r] for r in rows], self.mean[i], self.std[i], base, hints, prompts)

@@ -12,17 +12,22 @@ import pickle
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm.registry import ConfigError, suggest
+from ldm.convert import files, slots
+from ldm.convert.keymap import grouped, nearest
+from ldm.convert.model import not_finite
+from ldm.registry import ConfigError
 
 log = logging.getLogger(__name__)
 MARKER = "COMPLETE"
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 def save(
@@ -112,31 +117,28 @@ def read_state(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises: ConfigError if it is missing, truncated or of another format."""
-    if not path.is_file():
-        near = [p.name for p in path.parent.glob("*.safetensors")] if path.parent.is_dir() else []
-        raise ConfigError(f"weights {path} do not exist{suggest(path.name, near)}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"weights {path} are not readable safetensors ({error}); download or train again") from error
-
-
 def read_metadata(path: Path) -> dict[str, str]:
     """The header strings of a safetensors file (config, step, ...)."""
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
 
-def find_weights(path: Path, stems: Sequence[str]) -> Path:
-    """A safetensors file itself; for a run folder, the first of `stems` in its newest complete checkpoint.
+def find_weights(path: Path, stems: Sequence[str], parts: Mapping[str, str] = NOTHING) -> Path:
+    """What to read: a file itself; for a run folder, the first of `stems` in its newest complete checkpoint.
 
+    Args:
+        path: file, run folder, or (with `parts`) a folder of models such as diffusers'.
+        stems: names of the file within a run's checkpoint, in order of preference.
+        parts: the networks wanted of published files, as `ldm.convert.slots.parts` gives.
+
+    Returns: a file; a folder of models only where the slot needs several of them.
     Raises: ConfigError if the run has no complete checkpoint, or none of the files.
     """
     if not path.is_dir():
         return path
     folder = latest(path)
+    if folder is None and parts and not (path / "checkpoints").is_dir():
+        return slots.locate(path, parts)
     if folder is None:
         raise ConfigError(f"weights {path} is a folder without a complete checkpoint; train it first, or name a file")
     for stem in stems:
@@ -146,39 +148,55 @@ def find_weights(path: Path, stems: Sequence[str]) -> Path:
     raise ConfigError(f"weights {folder} has {there}; wanted {' or '.join(stems)}.safetensors")
 
 
-def load_weights(module: nn.Module, path: Path, prefix: str = "", stems: Sequence[str] = ("model",)) -> None:
+def load_weights(
+    module: nn.Module,
+    path: Path,
+    prefix: str = "",
+    stems: Sequence[str] = ("model",),
+    parts: Mapping[str, str] = NOTHING,
+) -> None:
     """Load weights into a module, strictly.
 
     Args:
         module: receives the weights; its dtype stays.
-        path: safetensors file, or a run folder, whose newest complete checkpoint is meant.
+        path: file or folder, as `find_weights` takes it.
         prefix: only keys that start with it are used, without it (e.g. "text." of a CLIP file).
-        stems: names of the file within a run's checkpoint, in order of preference.
+        stems: as `find_weights`.
+        parts: as `find_weights`; with them, files in published layouts are read as well.
 
     Raises: ConfigError with the missing, unexpected and mis-shaped keys, grouped.
     """
-    tensors = read_weights(find_weights(path, stems))
-    load_tensors(module, {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}, str(path))
+    file = find_weights(path, stems, parts)
+    tensors = slots.state(file, module, prefix, parts)
+    try:
+        load_tensors(module, tensors, str(path))
+    except ConfigError as error:
+        if found := slots.found(file, parts):
+            raise ConfigError(f"{error}; found: {found}") from error
+        raise
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Strict `load_state_dict` with a one-line report. Raises: ConfigError as `load_weights`."""
     own = module.state_dict()
-    shapes = {
-        f"{k} {tuple(tensors[k].shape)} (expected {tuple(own[k].shape)})"
-        for k in own.keys() & tensors.keys()
-        if own[k].shape != tensors[k].shape
-    }
-    groups = {"missing": own.keys() - tensors.keys(), "unexpected": tensors.keys() - own.keys(), "mis-shaped": shapes}
-    if any(groups.values()):
-        said = "; ".join(f"{len(keys)} {kind}: {_few(keys)}" for kind, keys in groups.items() if keys)
-        raise ConfigError(f"weights {source} are of another architecture than {type(module).__name__} ({said})")
+    both = own.keys() & tensors.keys()
+    missing, unexpected = sorted(own.keys() - both), sorted(tensors.keys() - both)
+    wrong = sorted(key for key in both if own[key].shape != tensors[key].shape)
+    said: list[str] = []
+    if missing:
+        said.append(f"{len(missing)} missing: {grouped(missing, nearest(missing, unexpected))}")
+    if unexpected:
+        said.append(f"{len(unexpected)} unexpected: {grouped(unexpected, nearest(unexpected, missing))}")
+    if wrong:
+        key = wrong[0]
+        shapes = f"{tuple(tensors[key].shape)} (expected {tuple(own[key].shape)})"
+        said.append(f"{len(wrong)} mis-shaped: {key} {shapes}")
+    if said:
+        raise ConfigError(
+            f"weights {source} are of another architecture than {type(module).__name__} ({'; '.join(said)}); "
+            "change the config to theirs, or name other weights"
+        )
     module.load_state_dict(dict(tensors))
-
-
-def _few(keys: set[str] | Any, n: int = 3) -> str:
-    listed = sorted(keys)
-    return ", ".join(listed[:n]) + (f", ... {len(listed) - n} more" if len(listed) > n else "")
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -203,9 +221,9 @@ def share(run: Path, out: Path, *, stem: str | None = None, dtype: str = "fp16")
     if (stem is None and len(stems) != 1) or (stem is not None and stem not in stems):
         raise ConfigError(f"stem is {stem!r}; {folder} has {', '.join(stems)}: name one with --stem")
     source = folder / f"{stem or stems[0]}.safetensors"
-    tensors = {k: v.to(DTYPES[dtype]) if v.is_floating_point() else v for k, v in read_weights(source).items()}
-    if bad := sorted(k for k, v in tensors.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())):
-        raise ConfigError(f"{source} as {dtype} is not finite in {_few(bad)}; use --dtype bf16 or fp32")
+    tensors = {k: v.to(DTYPES[dtype]) if v.is_floating_point() else v for k, v in files.read(source).items()}
+    if bad := not_finite(tensors):
+        raise ConfigError(f"{source} as {dtype} is not finite in {grouped(bad)}; use --dtype bf16 or fp32")
     temporary = out.with_name(out.name + ".tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 Rombach et al. 2022 (arXiv:2112.10752), Eq. 2; Zhang et al. 2023 (arXiv:2302.05543), Eq. 5, for adapters.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,17 +12,18 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ldm import generate
+from ldm.conditioning import condition, count_cut
 from ldm.control import Control
 from ldm.data.images import Batch, ImageData
 from ldm.denoiser import AdapterUse, Denoiser
 from ldm.guidance import GuidanceConfig
-from ldm.models.text import TextEncoder
+from ldm.models.text import CutWarning, Text
 from ldm.models.vae import VAE
-from ldm.registry import ConfigError, register
+from ldm.registry import ConfigError, register, suggest
 from ldm.samplers import DDIM
 from ldm.schedule import Schedule
-from ldm.training.cache import LatentData, Latents
-from ldm.training.draws import Draws
+from ldm.training.cache import LatentData, Latents, tree_map
+from ldm.training.draws import SAMPLINGS, Draws
 from ldm.training.losses import diffusion_loss
 from ldm.training.stage import Loss, Report, Stage
 
@@ -32,7 +34,11 @@ class DiffusionOptions:
 
     Attributes:
         drop_text: probability that a caption is replaced by "" (for classifier-free guidance).
-        drop_hint: probability, drawn independently, that a hint is replaced by zeros.
+        drop_hint: probability, drawn independently, that a hint is replaced by the adapter's null (zeros if it has
+            none).
+        drop_both: probability that caption and hints are dropped together; when it is set, drop_text and drop_hint are
+            the probabilities of dropping only the one or only the other (IP-Adapter: 0.05 each). null = independent.
+        timestep_sampling: "uniform", or "cubic": mostly noisy times (T2I-Adapter, arXiv:2302.08453, section 3.4).
         min_snr_gamma: min-SNR weighting (arXiv:2303.09556), e.g. 5; null = none.
         offset_noise: strength of per-channel noise offsets; 0 = none.
         cache: encode all images and captions once before training and keep them in memory (no augmentation then).
@@ -42,6 +48,8 @@ class DiffusionOptions:
 
     drop_text: float = 0.1
     drop_hint: float = 0.0
+    drop_both: float | None = None
+    timestep_sampling: str = "uniform"
     min_snr_gamma: float | None = None
     offset_noise: float = 0.0
     cache: bool = False
@@ -49,11 +57,19 @@ class DiffusionOptions:
     preview_guidance: float = 4.0
 
     def __post_init__(self) -> None:
-        for name in ("drop_text", "drop_hint"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
+        for name in ("drop_text", "drop_hint", "drop_both"):
+            if not 0.0 <= (getattr(self, name) or 0.0) <= 1.0:
                 raise ConfigError(f"stage.{name} is {getattr(self, name)}; must be a probability in [0, 1]")
+        if self.drop_both is not None and self.drop_both + self.drop_text + self.drop_hint > 1:
+            shares = f"{self.drop_both}, {self.drop_text}, {self.drop_hint}"
+            raise ConfigError(f"stage.drop_both, drop_text, drop_hint are {shares}; their sum must be at most 1")
+        if self.timestep_sampling not in SAMPLINGS:
+            word, known = self.timestep_sampling, ", ".join(SAMPLINGS)
+            raise ConfigError(f"stage.timestep_sampling is {word!r}; allowed: {known}{suggest(word, SAMPLINGS)}")
         if self.preview_steps < 1:
             raise ConfigError(f"stage.preview_steps is {self.preview_steps}; must be at least 1")
+        if not self.preview_guidance >= 0:
+            raise ConfigError(f"stage.preview_guidance is {self.preview_guidance}; must be at least 0; 1 is none")
 
 
 @register("stage", "diffusion", options=DiffusionOptions)
@@ -66,7 +82,7 @@ class DiffusionStage(Stage):
         *,
         denoiser: Denoiser,
         vae: VAE,
-        text: TextEncoder,
+        text: Text,
         schedule: Schedule,
         objective: str,
         uses: Mapping[str, AdapterUse],
@@ -79,7 +95,8 @@ class DiffusionStage(Stage):
         self.schedule = schedule
         self.objective = objective
         self.uses = dict(uses)
-        self._null: Tensor | None = None  # context of the empty caption
+        self._null: dict[tuple[int, int], Control] = {}  # picture size -> condition of the empty caption
+        self._cut = CutWarning()
 
     @property
     def trained(self) -> nn.Module:
@@ -102,66 +119,113 @@ class DiffusionStage(Stage):
         unet = {"unet": self.denoiser.unet} if any(p.requires_grad for p in self.denoiser.unet.parameters()) else {}
         return {stem(name): module for name, module in adapters.items()} | unet
 
+    def check(self, batch: Batch) -> None:
+        """Raises: ConfigError if the batch does not bring every adapter's hint."""
+        self.hints(batch)
+
     @torch.no_grad()
     def cached(self, data: ImageData, device: torch.device) -> Dataset:
-        """Latents and text tokens computed once, if asked for. Raises: ConfigError if the data is augmented."""
+        """Latents and text conditions computed once, if asked for. Raises: ConfigError if the data is augmented."""
         view = getattr(data, "options", None)
         if self.options.cache and (getattr(view, "flip", False) or getattr(view, "crop", "") == "random"):
             raise ConfigError("stage.cache is on, but data.flip or data.crop asks for augmentation; switch one off")
-        return LatentData(data, self.vae, self.text, device) if self.options.cache else data
+        if not self.options.cache:
+            return data
+        prompted = any(self.denoiser.adapter(name).image_prompt for name in self.uses)
+        return LatentData(data, self.vae, self.base, device, self._encoded if prompted else None)
 
     def forward(self, batch: Batch | Latents, draws: Draws, player: str, step: int) -> Loss:
         """Weighted squared error at random timesteps. See Stage.forward."""
         o = self.options
-        x0, context = self._encode(batch, draws)
-        t = draws.integers("timestep", self.schedule.steps)
+        x0, base = self._encode(batch, draws)
+        t = draws.timesteps(o.timestep_sampling, self.schedule.steps)
         eps = draws.normal("noise", *x0.shape[1:])
         if o.offset_noise:
             eps = eps + o.offset_noise * draws.normal("offset", x0.shape[1], 1, 1)
-        context = self._drop(context, self.null_context(), draws.uniform("drop_text") < o.drop_text)
-        loss = self._loss(x0, context, self._hints(batch, draws), t, eps)
+        drop_text, drop_hints = self._dropped(draws)
+        base = tree_map(lambda x, null: self._drop(x, null, drop_text), base, self._null_base(x0))
+        loss = self._loss(x0, base, self._hints(batch, drop_hints), t, eps)
         return Loss(loss)
 
-    def null_context(self) -> Tensor:
-        """Tokens of the empty caption, 1 n d."""
-        if self._null is None:
-            with torch.no_grad():
-                self._null = self.text.encode([""])
-        return self._null
+    @torch.no_grad()
+    def base(self, captions: Sequence[str], size: tuple[int, int]) -> Control:
+        """Condition of captions for pictures of `size` (height, width) in pixels; warns once if some had to be cut."""
+        truncated = [i for i, caption in enumerate(captions) if count_cut(self.text, caption)]
+        self._cut(captions, truncated, self.text.towers[0].config.context_length)
+        return condition(self.text, captions, size)
 
-    def _loss(self, x0: Tensor, context: Tensor, hints: dict[str, Tensor], t: Tensor, eps: Tensor) -> Tensor:
+    def _null_base(self, x0: Tensor) -> Control:
+        """Condition of the empty caption, all tensors 1 ..., for pictures whose latents are like x0."""
+        size = (x0.shape[-2] * self.vae.factor, x0.shape[-1] * self.vae.factor)
+        if size not in self._null:
+            self._null[size] = self.base([""], size)
+        return self._null[size]
+
+    def _loss(self, x0: Tensor, base: Control, hints: dict[str, Tensor], t: Tensor, eps: Tensor) -> Tensor:
         x_t = self.schedule.add_noise(x0, eps, t)
-        output = self.denoiser(x_t, t, Control(context=context), hints)
+        output = self.denoiser(x_t, t, base, hints)
         target = self.schedule.target(self.objective, x0, eps, t)
         return diffusion_loss(output, target, self.schedule, self.objective, t, self.options.min_snr_gamma)
 
     @torch.no_grad()
-    def _encode(self, batch: Batch | Latents, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Scaled latent (a posterior sample, as Stable Diffusion trains) and text tokens."""
+    def _encode(self, batch: Batch | Latents, draws: Draws) -> tuple[Tensor, Control]:
+        """Scaled latent (a posterior sample, as Stable Diffusion trains) and condition of the captions."""
         if isinstance(batch, Latents):
             noise = draws.normal("posterior", *batch.mean.shape[1:])
-            return self.vae.config.scale_factor * (batch.mean + batch.std * noise), batch.context
-        size = [s // self.vae.factor for s in batch.image.shape[-2:]]
-        noise = draws.normal("posterior", self.vae.config.latent_channels, *size)
-        return self.vae.to_latent(batch.image, noise), self.text.encode(batch.text)
+            return self.vae.config.scale_factor * (batch.mean + batch.std * noise), batch.base
+        h, w = batch.image.shape[-2:]
+        latent = (self.vae.config.latent_channels, h // self.vae.factor, w // self.vae.factor)
+        noise = draws.normal("posterior", *latent)
+        return self.vae.to_latent(batch.image, noise), self.base(batch.text, (h, w))
 
-    def _hints(self, batch: Batch | Latents, draws: Draws) -> dict[str, Tensor]:
-        """Adapter name -> hint, dropped independently per sample and adapter."""
-        hints = self.hints(batch)
+    def _dropped(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Which captions are dropped, b bool, and which hints of each adapter."""
+        o = self.options
+        if o.drop_both is None:
+            hints = {name: draws.uniform(f"drop_hint.{name}") < o.drop_hint for name in self.uses}
+            return draws.uniform("drop_text") < o.drop_text, hints
+        r, one = draws.uniform("drop"), o.drop_both + o.drop_text
+        hint = (r < o.drop_both) | ((r >= one) & (r < one + o.drop_hint))
+        return r < one, dict.fromkeys(self.uses, hint)
+
+    def _hints(self, batch: Batch | Latents, drop: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Adapter name -> encoded hint; its null in the samples where `drop` says so."""
+        hints = self._features(batch)
         for name, hint in hints.items():
             null = self.denoiser.adapter(name).null(hint)
-            drop = draws.uniform(f"drop_hint.{name}") < self.options.drop_hint
-            hints[name] = self._drop(hint, torch.zeros_like(hint) if null is None else null, drop)
+            hints[name] = self._drop(hint, torch.zeros_like(hint) if null is None else null, drop[name])
         return hints
 
+    @torch.no_grad()
+    def _features(self, batch: Batch | Latents) -> dict[str, Tensor]:
+        """Adapter name -> its encoded hint in this batch. Raises: ConfigError as `hints`."""
+        return (
+            batch.prompts | self.hints(batch) if isinstance(batch, Latents) else self.denoiser.encode(self.hints(batch))
+        )
+
+    def _encoded(self, reference: Tensor) -> dict[str, Tensor]:
+        """Adapter name -> features b 1 n d of image prompts b 3 h w in [-1, 1], for the adapters that take them."""
+        names = [name for name in self.uses if self.denoiser.adapter(name).image_prompt]
+        return self.denoiser.encode({name: _prompts(reference) for name in names})
+
     def hints(self, batch: Batch | Latents) -> dict[str, Tensor]:
-        """Adapter name -> its hint in this batch. Raises: ConfigError if the data does not bring one."""
-        wanted = {name: use.hint or name for name, use in self.uses.items()}
-        for name, source in wanted.items():
-            if source not in batch.hints:
-                have = sorted(batch.hints)
-                raise ConfigError(f"adapter {name!r} wants hint {source!r}; the data's hints are {have}: add it there")
-        return {name: batch.hints[source] for name, source in wanted.items()}
+        """Adapter name -> its hint in this batch, as `Adapter.encode` takes it; of `Latents` without image prompts.
+
+        Raises: ConfigError if the data does not bring one.
+        """
+        found: dict[str, Tensor] = {}
+        for name, use in self.uses.items():
+            source = use.hint or name
+            if not self.denoiser.adapter(name).image_prompt:
+                if source not in batch.hints:
+                    have = f"the data's hints are {sorted(batch.hints)}: add it there"
+                    raise ConfigError(f"adapter {name!r} wants hint {source!r}; {have}")
+                found[name] = batch.hints[source]
+            elif isinstance(batch, Batch):
+                if batch.reference is None:
+                    raise ConfigError(f"adapter {name!r} wants an image prompt; set data.reference, e.g. to file")
+                found[name] = _prompts(batch.reference)
+        return found
 
     @staticmethod
     def _drop(x: Tensor, null: Tensor, drop: Tensor) -> Tensor:
@@ -170,17 +234,17 @@ class DiffusionStage(Stage):
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch], images: int, seed: int) -> Report:
         """Held-out loss on fixed noise and evenly spread timesteps; pictures with and without the adapters."""
-        total, count = torch.zeros((), device=self.null_context().device), 0
+        total, count = torch.zeros((), device=next(self.vae.parameters()).device), 0
         shown: list[Batch] = []
         for batch in batches:
             b = len(batch.keys)
             if count < images:
                 shown.append(batch)
             draws = Draws(seed, range(count, count + b), batch.image.device)
-            x0, context = self._encode(batch, draws)
+            x0, base = self._encode(batch, draws)
             t = torch.arange(count, count + b, device=x0.device) * 577 % self.schedule.steps  # coprime to T: spreads
-            hints = self.hints(batch)
-            total += b * self._loss(x0, context, hints, t, draws.normal("noise", *x0.shape[1:]))
+            hints = self._features(batch)
+            total += b * self._loss(x0, base, hints, t, draws.normal("noise", *x0.shape[1:]))
             count += b
         return Report({"loss": (total / count).item()}, self._pictures(shown, images, seed))
 
@@ -197,16 +261,22 @@ class DiffusionStage(Stage):
 
     def _columns(self, batch: Batch, n: int, seed: int) -> dict[str, Tensor]:
         models = generate.Models(self.denoiser, self.vae, self.text, self.schedule, self.objective)
-        settings = {
-            "prompts": batch.text[:n],
-            "seeds": [seed + i for i in range(n)],
-            "size": (batch.image.shape[-2], batch.image.shape[-1]),
-            "sampler": DDIM(self.schedule, steps=min(self.options.preview_steps, self.schedule.steps)),
-            "guidance": GuidanceConfig(scale=self.options.preview_guidance),
-        }
+        sampler = DDIM(self.schedule, steps=min(self.options.preview_steps, self.schedule.steps))
+        plain = generate.Request(
+            batch.text[:n],
+            [seed + i for i in range(n)],
+            (batch.image.shape[-2], batch.image.shape[-1]),
+            guidance=GuidanceConfig(scale=self.options.preview_guidance),
+        )
         hints = {name: hint[:n] for name, hint in self.hints(batch).items()}
-        columns = {f"hint: {name}": hint for name, hint in hints.items()}
-        columns["base"] = generate.images(models, **settings)
+        columns = {f"hint: {name}": hint[:, 0] if hint.ndim == 5 else hint for name, hint in hints.items()}
+        columns["base"] = generate.images(models, plain, sampler)
         if hints:
-            columns["with adapter"] = generate.images(models, **settings, hints=hints, uses=self.uses)
+            adapted = dataclasses.replace(plain, hints=hints, uses=self.uses)
+            columns["with adapter"] = generate.images(models, adapted, sampler)
         return columns | {"ground truth": batch.image[:n].float() * 0.5 + 0.5}
+
+
+def _prompts(reference: Tensor) -> Tensor:
+    """Image prompts of the data, b 3 h w in [-1, 1], as adapters take them: b 1 3 h w in [0, 1]."""
+    return (reference / 2 + 0.5)[:, None]

@@ -10,11 +10,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+SAMPLINGS = ("uniform", "cubic")  # of timesteps
+
 
 def generator(seed: int, purpose: str, position: int) -> torch.Generator:
     """A CPU generator for one purpose ("noise", "order", "augment", ...) at one position of one run."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{position}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def cubic(r: Tensor, steps: int) -> Tensor:
+    """Uniform r in [0, 1) to times t = (1 - r^3) T, whole and at most T - 1: r of 0 would give T itself.
+
+    T2I-Adapter (arXiv:2302.08453), section 3.4: the beginning of sampling decides structure and colour.
+    """
+    return ((1 - r.double() ** 3) * steps).long().clamp(max=steps - 1)
 
 
 class Draws:
@@ -36,6 +46,12 @@ class Draws:
     def integers(self, purpose: str, high: int) -> Tensor:
         """Uniform in 0..high-1, b, int64."""
         return self._rows(purpose, lambda g: torch.randint(high, (), generator=g))
+
+    def timesteps(self, sampling: str, steps: int) -> Tensor:
+        """Times of training, b int64 in 0..steps-1. `sampling`: one of SAMPLINGS; cubic prefers the noisy end."""
+        if sampling == "uniform":
+            return self.integers("timestep", steps)
+        return cubic(self.uniform("timestep"), steps)
 
     def _rows(self, purpose: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         rows = torch.stack([draw(generator(self.seed, purpose, p)) for p in self.positions])

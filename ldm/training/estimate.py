@@ -16,12 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ldm import build, registry
 from ldm.config import RunConfig
 from ldm.data.images import Batch
-from ldm.denoiser import Denoiser
 from ldm.registry import ConfigError
 from ldm.training import clip, diffusion, optim, stream, vae  # noqa: F401  (stages register on import)
 from ldm.training.draws import Draws
 from ldm.training.loop import PRECISIONS
-from ldm.training.stage import Stage
+from ldm.training.stage import Stage, choose_trainable, networks
 
 MIB = 2**20
 CAPTION = "a photo"  # text encoders pad, so every caption costs the same
@@ -58,25 +57,15 @@ def dry_run(config: RunConfig) -> str:
     rows = {name.replace("_", " "): getattr(memory, name) for name in (*Memory.__slots__, "total")}
     lines = [f"{name:<24}{size / MIB:>12,.0f} MiB" for name, size in rows.items()]
     note = "on top: workspace of the kernels, the block being recomputed, the allocator's reserve, validation"
-    return "\n".join([optim.table(nn.ModuleDict(models(stage))), "", title, *lines, note])
+    return "\n".join([optim.table(nn.ModuleDict(networks(stage))), "", title, *lines, note])
 
 
 def meta_stage(config: RunConfig) -> Stage:
     """The stage on the meta device, with `requires_grad` as the loop sets it. Raises: ConfigError as `build.stage`."""
     with torch.device("meta"):
         stage = build.stage(config)
-    stage.requires_grad_(False)
-    for module in stage.players.values():
-        optim.trainable(module, config.train.trainable if module is stage.trained else ["*"])
+    choose_trainable(stage, config.train.trainable)
     return stage
-
-
-def models(stage: Stage) -> dict[str, nn.Module]:
-    """The stage's models by the names that configs give them: unet, adapters, vae, text, clip, ..."""
-    found: dict[str, nn.Module] = {}
-    for name, child in stage.named_children():
-        found |= dict(child.named_children()) if isinstance(child, Denoiser) else {name: child}
-    return found
 
 
 def estimate(config: RunConfig, stage: Stage) -> Memory:

@@ -1,11 +1,11 @@
-"""The training loop, one for every stage: batch -> loss -> step -> EMA -> log -> validate -> checkpoint."""
+"""The training loop, one for every stage: batch -> loss -> step -> EMA -> log -> checkpoint -> validate."""
 
 import json
 import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ldm.training.distributed import Rank, wrap
 from ldm.training.draws import Draws
 from ldm.training.ema import EMA
 from ldm.training.metrics import Metrics, describe_run, refuse_foreign
-from ldm.training.stage import Stage
+from ldm.training.stage import Stage, choose_trainable, networks
 from ldm.training.state import State
 
 log = logging.getLogger(__name__)
@@ -44,42 +44,44 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
     Returns: the last checkpoint's folder.
     Raises: ConfigError on a config that does not fit, a full disk, or `train.max_nonfinite` bad steps in a row.
     """
-    run = Path(config.run.dir)
-    state = _start(config, stage, run, rank)
+    folder = Path(config.run.dir)
+    state = _start(config, stage, folder, rank)
     wrapped = wrap(stage, rank, partial=stage.partial)
     source = stage.cached(data, rank.device)
-    metrics = Metrics(run, config.log, state.step) if rank.main else None
-    progress = tqdm(total=config.train.steps, initial=state.step, desc=run.name, disable=not rank.main, mininterval=1.0)
+    metrics = Metrics(folder, config.log, state.step) if rank.main else None
+    bar = tqdm(total=config.train.steps, initial=state.step, desc=folder.name, disable=not rank.main, mininterval=1.0)
     clock = time.perf_counter()
-
-    for micro_batches in stream.batches(source, config.train, rank, config.seed, state.step):
-        stage.train()
-        scalars = _step(wrapped, state, micro_batches, config, rank)
-        state.step += 1
-        state.window.append(scalars)
-        state.keys.append([key for _, batch in micro_batches for key in batch.keys])
-        progress.update()
-        last = state.step == config.train.steps
-        if state.step % config.log.every == 0 or last:
-            values = _read_window(state, run, config, rank)
-            elapsed, clock = time.perf_counter() - clock, time.perf_counter()
-            values["images_per_s"] = config.train.batch * values.pop("steps") / elapsed
-            if metrics:
-                metrics.scalars(state.step, values)
-                progress.set_postfix({k: f"{values[k]:.4g}" for k in ("loss", "images_per_s")})
-        if held_out is not None and (state.step % config.validation.every == 0 or last):
-            _validate(config, stage, state, held_out, metrics, run, rank)
-            clock = time.perf_counter()
-        if state.step % config.checkpoint.every == 0 or last:
-            if rank.main:
-                state_module.save(config, stage, state, run)
-            rank.barrier()
-    progress.close()
-    if metrics:
-        metrics.close()
-    done = checkpoint.latest(run)
+    with closing(metrics) if metrics else nullcontext(), bar as progress:  # an error's line comes after the bar's
+        for micro_batches in stream.batches(source, config.train, rank, config.seed, state.step):
+            stage.train()
+            scalars = _step(wrapped, state, micro_batches, config, rank)
+            state.step += 1
+            state.window.append(scalars)
+            state.keys.append([key for _, batch in micro_batches for key in batch.keys])
+            progress.update()
+            if _due(state, config.log.every, config):
+                values = _read_window(state, folder, config, rank)
+                elapsed, clock = time.perf_counter() - clock, time.perf_counter()
+                values["images_per_s"] = config.train.batch * values.pop("steps") / elapsed
+                if metrics:
+                    metrics.scalars(state.step, values)
+                    progress.set_postfix({k: f"{values[k]:.4g}" for k in ("loss", "images_per_s") if k in values})
+            paused = time.perf_counter()
+            if _due(state, config.checkpoint.every, config):
+                if rank.main:
+                    state_module.save(config, stage, state, folder)
+                rank.barrier()
+            if held_out is not None and _due(state, config.validation.every, config):  # after the checkpoint: may fail
+                _validate(config, stage, state, held_out, metrics, folder, rank)
+            clock += time.perf_counter() - paused
+    done = checkpoint.latest(folder)
     assert done is not None
     return done
+
+
+def _due(state: State, every: int, config: RunConfig) -> bool:
+    """Whether something done every so many steps, and after the last one, is done now."""
+    return state.step % every == 0 or state.step == config.train.steps
 
 
 def _start(config: RunConfig, stage: Stage, run: Path, rank: Rank) -> State:
@@ -95,11 +97,12 @@ def _start(config: RunConfig, stage: Stage, run: Path, rank: Rank) -> State:
     if rank.main:
         refuse_foreign(run)
     folder = checkpoint.latest(run)
-    stage.requires_grad_(False)
-    for module in stage.players.values():
-        optim.trainable(module, config.train.trainable if module is stage.trained else ["*"])
+    choose_trainable(stage, config.train.trainable)
+    log.info("%s", optim.table(nn.ModuleDict(networks(stage))))
     if folder is None and config.train.init_from:
         _init_from(stage, Path(config.train.init_from))
+    if (dtype := PRECISIONS[config.train.precision]) is not None:
+        optim.store_frozen(stage.trained, dtype, stage.exports().values())
     parameters = {
         player: {name: p for name, p in module.named_parameters() if p.requires_grad}
         for player, module in stage.players.items()
@@ -155,7 +158,8 @@ def _step(
         scalars["loss_scale"] = state.scaler.scale(torch.ones((), device=rank.device))  # pyright: ignore
     for player, optimizer in state.optimizers.items():
         prefix = "" if player == "model" else f"{player}_"
-        optimizer.param_groups[0]["lr"] = optim.lr_at(state.step, config.train)
+        for group in optimizer.param_groups:
+            group["lr"] = optim.lr_at(state.step, config.train)
         for each in state.optimizers.values():
             each.zero_grad(set_to_none=True)
         for i, (positions, batch) in enumerate(micro_batches):
@@ -209,7 +213,7 @@ def _read_window(state: State, run: Path, config: RunConfig, rank: Rank) -> dict
                 f"are those before them. See {run / 'nonfinite'}; lower train.lr, or set train.precision=fp32"
             )
     kept = [row for row, good in zip(rows, finite, strict=True) if good]
-    values = {n: sum(r[i] for r in kept) / len(kept) for i, n in enumerate(names)} if kept else {"loss": math.nan}
+    values = {n: sum(r[i] for r in kept) / len(kept) for i, n in enumerate(names)} if kept else {}
     values |= {"lr": optim.lr_at(state.step - 1, config.train)}
     values |= {"skipped": float(state.skipped), "steps": float(len(rows))}
     state.window.clear()

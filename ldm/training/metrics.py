@@ -32,8 +32,11 @@ def git_revision() -> str:
 
 
 def refuse_foreign(run: Path) -> None:
-    """Raises: ConfigError if the run folder has files but is no run: they could be written over."""
-    if run.is_dir() and not (run / STARTS).exists() and any(run.iterdir()):
+    """Raises: ConfigError if the run folder has files but is no run: they could be written over.
+
+    `eval/` alone is welcome: evaluating shipped weights writes it before any training.
+    """
+    if run.is_dir() and not (run / STARTS).exists() and any(path.name != "eval" for path in run.iterdir()):
         raise ConfigError(f"run.dir is {run}, which has files but no {STARTS}, so it is no run; name a new folder")
 
 

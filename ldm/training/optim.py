@@ -1,7 +1,6 @@
 """What is trained, with which optimizer, at which learning rate."""
 
 import fnmatch
-import logging
 import math
 from collections.abc import Iterable, Sequence
 
@@ -11,11 +10,9 @@ from torch import Tensor, nn
 from ldm.config import TrainConfig
 from ldm.registry import ConfigError
 
-log = logging.getLogger(__name__)
-
 
 def trainable(module: nn.Module, patterns: Sequence[str]) -> list[nn.Parameter]:
-    """Set `requires_grad` on exactly the parameters whose names match a pattern, and log a table of the counts.
+    """Set `requires_grad` on exactly the parameters whose names match a pattern.
 
     Args:
         module: usually a `Denoiser`; names look like `unet.decoder.conv_out.weight`.
@@ -31,7 +28,6 @@ def trainable(module: nn.Module, patterns: Sequence[str]) -> list[nn.Parameter]:
             raise ConfigError(f"train.trainable: {pattern!r} matches no parameter; groups: {', '.join(heads)}")
     for name, parameter in named.items():
         parameter.requires_grad_(any(fnmatch.fnmatch(name, p) for p in patterns))
-    log.info("%s", table(module))
     return [p for p in named.values() if p.requires_grad]
 
 
@@ -49,10 +45,17 @@ def table(module: nn.Module) -> str:
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused: one kernel per update, step counters on the device."""
-    return torch.optim.AdamW(
-        list(parameters), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused: one kernel per update, step counters on the device.
+
+    Two groups: matrices and kernels decay; gains, biases and lone numbers like CLIP's temperature do not (Radford et
+    al. 2021, arXiv:2103.00020, section 2.5).
+    """
+    every = list(parameters)
+    groups = [
+        {"params": [p for p in every if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
@@ -85,3 +88,21 @@ def guarded_step(optimizer: torch.optim.AdamW, parameters: Sequence[nn.Parameter
     optimizer.step()
     delattr(optimizer, "found_inf")
     return norm
+
+
+def store_frozen(module: nn.Module, dtype: torch.dtype, exported: Iterable[nn.Module] = ()) -> None:
+    """Keep the frozen linear and convolution weights in the autocast dtype, in place.
+
+    Autocast rounds them to it at every use, so nothing changes but time and memory: one copy of half the size, none
+    kept for backward. Only for modules that run under autocast of this dtype.
+
+    Args:
+        module: what is trained, with its frozen parts.
+        dtype: of autocast.
+        exported: modules whose weights are written to files: they stay as they are.
+    """
+    kept = {id(part) for network in exported for part in network.modules()}
+    for part in module.modules():
+        fixed = isinstance(part, nn.Linear | nn.Conv2d) and not any(p.requires_grad for p in part.parameters())
+        if fixed and id(part) not in kept:
+            part.to(dtype)

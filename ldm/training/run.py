@@ -6,6 +6,7 @@ import torch
 
 from ldm import build
 from ldm.config import RunConfig
+from ldm.data.images import collate
 from ldm.registry import ConfigError
 from ldm.training import clip, diffusion, distributed, loop, vae  # noqa: F401  (stages register on import)
 
@@ -22,6 +23,9 @@ def train(config: RunConfig) -> Path:
             held_out = build.data(config.validation.data, "validation.data") if config.validation.data else None
             stage = build.stage(config).to(rank.device)
             stage.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
+            for part in (data, held_out):
+                if part is not None and len(part):
+                    stage.check(collate([part[0]]).to(rank.device))
             return loop.train(config, stage, data, held_out, rank)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]

@@ -1,7 +1,7 @@
 """What the loop trains: a Stage computes a loss from a batch, and says what to export and how it is doing."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ldm.data.images import Batch, ImageData
+from ldm.denoiser import Denoiser
+from ldm.training import optim
 from ldm.training.draws import Draws
 
 
@@ -52,6 +54,10 @@ class Stage(nn.Module, ABC):
         """File stem -> module whose weights are shared."""
         return {"model": self.trained}
 
+    def check(self, batch: Batch) -> None:
+        """Hook: refuse a batch that lacks what this stage reads, before training starts. Raises: ConfigError."""
+        del batch
+
     def cached(self, data: ImageData, device: torch.device) -> Dataset:
         """Hook: replace the data by precomputed inputs. Items must be collated by their own `collate`."""
         del device
@@ -60,3 +66,21 @@ class Stage(nn.Module, ABC):
     @abstractmethod
     def validate(self, batches: Iterable[Batch], images: int, seed: int) -> Report:
         """Figures over all batches and pictures of the first `images` items, on seeds that never change."""
+
+
+def choose_trainable(stage: Stage, patterns: Sequence[str]) -> None:
+    """Set `requires_grad` on what `train.trainable` names and on every other player, and on nothing else.
+
+    Raises: ConfigError if a pattern matches nothing.
+    """
+    stage.requires_grad_(False)
+    for module in stage.players.values():
+        optim.trainable(module, patterns if module is stage.trained else ["*"])
+
+
+def networks(stage: Stage) -> dict[str, nn.Module]:
+    """The stage's models by the names that configs give them: unet, adapters, vae, text, clip, ..."""
+    found: dict[str, nn.Module] = {}
+    for name, child in stage.named_children():
+        found |= dict(child.named_children()) if isinstance(child, Denoiser) else {name: child}
+    return found

@@ -22,7 +22,7 @@ from ldm.training.stage import Stage
 log = logging.getLogger(__name__)
 SAME = ("seed", "model", "adapters", "stage", "data", "train.batch")  # a continued run is the same run in these
 EXCEPT = ("stage.preview_steps", "stage.preview_guidance", "data.memory")  # but these leave its numbers as they are
-SAVED = {"step", "skipped", "parameters", "buffers", "optimizers", "ema", "scaler"}
+SAVED = {"step", "skipped", "config", "names", "parameters", "buffers", "optimizers", "ema", "scaler"}
 WAY_OUT = "use the config of that run, or another run.dir (train.init_from takes over its weights)"
 
 
@@ -64,8 +64,6 @@ def save(config: RunConfig, stage: Stage, state: State, run: Path) -> None:
 def restore(state: State, stage: Stage, config: RunConfig, folder: Path) -> None:
     """Put a checkpoint's training state back.
 
-    Checkpoints written before names and config were kept in them are taken if shapes agree, with a warning.
-
     Raises: ConfigError if it is of another run than this config's, or damaged.
     """
     saved = checkpoint.read_state(folder)
@@ -92,15 +90,13 @@ def restore(state: State, stage: Stage, config: RunConfig, folder: Path) -> None
 
 def _check(saved: Mapping[str, Any], state: State, stage: Stage, config: RunConfig, folder: Path) -> None:
     """Refuse another run's state before anything is changed."""
-    if "config" not in saved or "names" not in saved:
-        log.warning("%s says neither its config nor its parameter names; only shapes are compared", folder)
-    elif differing := _differences(saved["config"], config):
+    if differing := _differences(saved["config"], config):
         raise ConfigError(f"{folder} is of a run with {'; '.join(differing)}; {WAY_OUT}")
     if saved["parameters"].keys() != state.parameters.keys():
         theirs, ours = (", ".join(x["parameters"]) for x in (saved, vars(state)))
         raise ConfigError(f"{folder} trains {theirs}, this config {ours}; {WAY_OUT}")
     for player, parameters in state.parameters.items():
-        names = saved.get("names", {}).get(player, list(parameters))
+        names = saved["names"][player]
         if other := sorted(set(names) ^ set(parameters)):
             raise ConfigError(f"{folder} and this config do not both train {other[0]!r} of {player!r}; {WAY_OUT}")
         shapes = [tuple(p.shape) for p in saved["parameters"][player]]
@@ -141,6 +137,7 @@ def _buffers(stage: Stage) -> dict[str, Tensor]:
 
 def _load_optimizer(optimizer: torch.optim.AdamW, saved: Mapping[str, Any]) -> None:
     """Moments from the checkpoint, settings (betas, weight decay) from the config."""
-    settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(dict(saved))
-    optimizer.param_groups[0].update(settings)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)

@@ -11,7 +11,7 @@ import adapters  # noqa: F401
 import ldm.training.run  # noqa: F401
 from ldm import build, config
 from ldm.training import checkpoint
-from scripts import convert, evaluate
+from scripts import convert, evaluate, train
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "configs" / "train" / "tiny"
@@ -56,6 +56,31 @@ def test_the_newest_checkpoint_of_the_run_is_measured(tmp_path: Path, capsys: py
     evaluate.main([*args, named, f"run.dir={tmp_path / 'other'}"])
     assert json.loads(capsys.readouterr().out) == from_run
     assert {"psnr", "scale_factor"} <= from_run.keys()
+
+
+@pytest.mark.parametrize("trainable", ["[adapters.*]", "[adapters.*,unet.decoder.*]"])
+def test_an_adapter_run_is_measured_from_its_folder(
+    trainable: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = f"model.unet.weights={saved('unet', tmp_path)}"
+    args = ["--config", str(TINY / "controlnet.yaml"), *SIZE, base, f"run.dir={tmp_path / 'run'}", HELD_OUT]
+    args += [
+        "stage.preview_steps=2",
+        "sample.guidance.scale=2",
+        "sample.sampler.steps=2",
+        f"train.trainable={trainable}",
+    ]
+    train.main([*args, "train.steps=2", "train.batch=2", "data.size=16", "data.length=4", "stage.cache=false"])
+    capsys.readouterr()
+    evaluate.main(args)
+    assert json.loads(capsys.readouterr().out)["edge_f1_items"] == 4
+
+
+def test_a_folder_that_was_only_evaluated_can_still_be_trained(tmp_path: Path) -> None:
+    args = ["--config", str(TINY / "vae.yaml"), *SIZE, HELD_OUT, f"run.dir={tmp_path / 'run'}"]
+    evaluate.main([*args, f"model.vae.weights={saved('vae', tmp_path)}"])
+    train.main([*args, "train.steps=1", "train.batch=2", "data.size=16", "data.length=4", "validation.data=null"])
+    assert checkpoint.latest(tmp_path / "run") is not None
 
 
 def test_random_weights_are_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

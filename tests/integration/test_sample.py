@@ -20,21 +20,15 @@ from torch import nn
 import adapters  # noqa: F401  registers them
 from ldm import config as configs
 from ldm import registry
+from ldm.data import transforms
 from ldm.prompts import read_prompts
 from ldm.registry import ConfigError
 from ldm.sampling import output, plan
 from scripts import sample
 
 ROOT = Path(__file__).resolve().parents[2]
-UNET = {
-    "name": "unet",
-    "channels": [8, 16],
-    "blocks": 1,
-    "depth": [0, 1],
-    "context_dim": 16,
-    "num_heads": 2,
-    "groups": 4,
-}
+UNET = {"name": "unet", "channels": [8, 16], "blocks": 1, "depth": [0, 1], "num_heads": 2, "groups": 4}
+UNET |= {"context_dim": 16}
 VAE = {"name": "kl", "channels": [8, 8], "blocks": 1, "groups": 4, "scale_factor": 1.0}
 TEXT = {"name": "clip", "width": 16, "layers": 1, "heads": 2, "merges": 100, "context_length": 16}
 NET = {"name": "controlnet", "hint_widths": [4, 8]}
@@ -154,6 +148,41 @@ def test_hints_and_scale_matter_and_scale_zero_is_absent(draw: Callable[..., Pat
     assert any((with_net[name] - off[name]).abs().max() > 2 for name in off)
 
 
+def test_extractor_makes_the_hint_of_an_ordinary_picture(
+    draw: Callable[..., Path], models: Path, tmp_path: Path
+) -> None:
+    picture = transforms.resize(Image.open(models / "hint.png").convert("RGB"), 16, crop="center", hint=False)
+    lines = transforms.extracted(registry.build("hint", {"name": "sketch"}), picture)
+    Image.fromarray(lines.mul(255).byte().permute(1, 2, 0).numpy()).save(tmp_path / "lines.png")
+    made = pixels(draw("made", "adapters.net.extractor=sketch"))
+    given = pixels(draw("given", f"sample.hints.net={tmp_path / 'lines.png'}"))
+    plain = pixels(draw("plain"))
+    assert all(torch.equal(made[k], given[k]) for k in made)
+    assert any(not torch.equal(made[k], plain[k]) for k in made)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "CMYK", "I;16", "P", "L", "1"])
+def test_hint_files_of_every_certain_kind_are_the_same_lines(mode: str, tmp_path: Path) -> None:
+    lines = Image.new("L", (16, 16))
+    lines.paste(255, (4, 4, 12, 6))
+    wide = lines.convert("I").point(lambda v: v * 257).convert("I;16")
+    picture = wide if mode == "I;16" else lines.convert("RGB").convert(mode)
+    file = tmp_path / ("hint.tif" if mode == "CMYK" else "hint.png")
+    picture.save(file)
+    lines.save(tmp_path / "plain.png")
+    assert torch.equal(plan.load_hint(file, (16, 16)), plan.load_hint(tmp_path / "plain.png", (16, 16)))
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [((1, 1), r"is 1x1 \(h w\), which shows nothing"), ((20_000, 20_000), r"has more than 67108864 pixels; shrink it")],
+)
+def test_hint_files_of_no_use_are_refused(size: tuple[int, int], said: str, tmp_path: Path) -> None:
+    Image.new("1", size).save(tmp_path / "hint.png")
+    with pytest.raises(ValueError, match=said):
+        plan.load_hint(tmp_path / "hint.png", (16, 16))
+
+
 def rank_main(index: int, port: int, arguments: list[str]) -> None:
     """One process as torchrun starts it."""
     where = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -189,6 +218,16 @@ def test_long_prompts_are_reported_and_cut(
     assert len(said) == 1 and "its last 3 tokens do not fit into 14" in said[0]  # 17 letters, 16 less two marks
     cut = [json.loads(line)["tokens_cut"] for line in (out / "samples.jsonl").read_text().splitlines()]
     assert cut == [3, 3, 0, 0]
+
+
+def test_long_prompts_in_chunks_are_read_whole(draw: Callable[..., Path]) -> None:
+    prompts = "sample.prompts=[a b c d e f g h i j k l m n o p q, short]"
+    parts = draw("chunks", prompts, "sample.long_prompts=chunks")
+    cut = [json.loads(line)["tokens_cut"] for line in (parts / "samples.jsonl").read_text().splitlines()]
+    assert cut == [0, 0, 0, 0]
+    whole, short = pixels(parts), pixels(draw("cut", prompts))
+    changed = {name for name in whole if (whole[name] - short[name]).abs().max() > 1}
+    assert changed == {name for name in whole if name.startswith("00000")}  # the short prompt means the same
 
 
 def test_the_same_settings_write_the_same_files_again(draw: Callable[..., Path]) -> None:
@@ -247,6 +286,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(
         (["sample.height=32"], "not the same shape"),
         (["sample.precision=fp8"], "allowed: fp32, bf16, fp16"),
         (["sample.tile=2"], "sample.tile is 2"),
+        (["sample.clip_skip=9"], "clip_skip is 9; allowed for this text encoder: 1.."),
+        (["sample.long_prompts=chunk"], "did you mean 'chunks'"),
         (["sample.sampler.name=dim"], "did you mean 'ddim'"),
         (["sample.guidance.scale=-1"], "guidance.scale is -1"),
         (["sample.hints.nut=x.png"], "'nut', which is no adapter; adapters: net; did you mean 'net'"),
@@ -257,6 +298,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(
         (["adapters.net.hint_channels=1"], "mis-shaped: hint.convs.0.weight"),
         (["adapters.net=controlnet"], "adapters.net is 'controlnet', must be a mapping"),
         (["adapters.net.guess=nope"], "adapters.net: guess is 'nope', must be bool"),
+        (["adapters.net.extractor=sketsh"], "hint.name is 'sketsh'; registered: canny"),
+        (["adapters.net.extractor={name: color, cell: 99}"], "cell is 99 pixels, the picture 16x16"),
         (["model.vae.weights=5"], "model.vae.weights is 5, must be the path"),
         (["model.schedule.steps=many"], "model.schedule: steps is 'many', must be int"),
         (["adapters.net.weights=null"], "adapters.net.weights is not set"),

@@ -238,22 +238,12 @@ def test_averages_that_begin_with_a_resume_begin_at_the_trained_weights(tmp_path
         torch.testing.assert_close(mean, value)
 
 
-def test_states_without_names_and_config_are_taken_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_state_that_lacks_something_is_refused(tmp_path: Path) -> None:
     folder = start("vae", tmp_path, *FIRST)
     state = checkpoint.read_state(folder)
     torch.save({k: v for k, v in state.items() if k not in ("names", "config")}, folder / "training.pt")
-    assert checkpoint.read_state(start("vae", tmp_path, *FIRST, "train.steps=2"))["step"] == 2
-    assert "only shapes are compared" in caplog.text
-
-
-def test_states_without_names_still_need_the_same_players(tmp_path: Path) -> None:
-    folder = start("vae", tmp_path, *FIRST)
-    state = checkpoint.read_state(folder)
-    torch.save({k: v for k, v in state.items() if k not in ("names", "config")}, folder / "training.pt")
-    with pytest.raises(ConfigError, match="trains model, discriminator, this config model;"):
-        start("vae", tmp_path, *FIRST, "train.steps=2", "stage.disc_weight=0")
+    with pytest.raises(ConfigError, match="has no config, names in its training state"):
+        start("vae", tmp_path, *FIRST, "train.steps=2")
 
 
 def test_parameters_are_told_apart_by_name(tmp_path: Path) -> None:
@@ -329,3 +319,59 @@ def test_a_full_gpu_is_one_line_with_the_way_out(tmp_path: Path, monkeypatch: py
 def test_contrastive_training_refuses_to_split_its_batch(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="contrasts the samples of a batch"):
         start("clip", tmp_path, "train.steps=1", "train.micro_batch=4", "model.clip.image.image_size=16")
+
+
+def test_what_validation_would_refuse_is_refused_at_the_start(tmp_path: Path) -> None:
+    data = "validation.data={name: synthetic, size: 16, length: 2, seed: 1, hints: []}"
+    with pytest.raises(ConfigError, match="adapter 'edge' wants hint 'edge'"):
+        start("controlnet", tmp_path, "train.steps=2", data)
+    assert not tmp_path.is_dir() or not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"stage\.preview_guidance is -1"):
+        start("ldm", tmp_path, "train.steps=2", "stage.preview_guidance=-1")
+
+
+def test_a_failing_validation_costs_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ConfigError("cannot draw")
+
+    monkeypatch.setattr("ldm.training.loop._validate", broken)
+    data = "validation.data={name: synthetic, size: 16, length: 2, seed: 1}"
+    with pytest.raises(ConfigError, match="cannot draw"):
+        start("vae", tmp_path, "train.steps=2", "train.batch=2", data)
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None and newest.name == "step-00000002"
+
+
+def test_validation_and_checkpoints_are_no_part_of_the_throughput(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+
+    def tick(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr("ldm.training.loop.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("ldm.training.loop._validate", lambda *_: tick(100.0))
+    step = optim.guarded_step
+    monkeypatch.setattr("ldm.training.optim.guarded_step", lambda *a: (tick(1.0), step(*a))[1])
+    data = "validation.data={name: synthetic, size: 16, length: 2, seed: 1}"
+    more = ["train.steps=6", "train.batch=2", "log.every=2", "validation.every=3", "checkpoint.every=3"]
+    start("vae", tmp_path, *more[:2], data, *more[2:])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images_per_s"] for line in lines if "images_per_s" in line] == [2.0, 2.0, 2.0]
+
+
+def test_an_error_during_training_gets_a_line_of_its_own(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = checkpoint.save
+
+    def full(*args: object, **options: object) -> Path:
+        raise ConfigError("no space left") if args[1] == 2 else save(*args, **options)  # pyright: ignore
+
+    monkeypatch.setattr("ldm.training.checkpoint.save", full)
+    with pytest.raises(SystemExit):
+        train.main(
+            ["--config", str(TINY / "vae.yaml"), *overrides("vae", tmp_path, "train.steps=3", "checkpoint.every=2")]
+        )
+    assert capfd.readouterr().err.splitlines()[-1] == "error: no space left"

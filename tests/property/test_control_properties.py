@@ -35,13 +35,16 @@ def controls(draw: st.DrawFn, conditioned: bool | None = None) -> Control:
 
     given_words = has() if conditioned is None else conditioned
     given_vector = has() if conditioned is None else conditioned
+    n = draw(st.integers(1, 3)) if conditioned is None else 2
+    keyed = given_words and has()
     return Control(
-        context=whole(draw, B, draw(st.integers(1, 3)) if conditioned is None else 2, 5) if given_words else None,
+        context=whole(draw, B, n, 5) if given_words else None,
         vector=whole(draw, B, 7) if given_vector else None,
         stages=maps(),
         skips=maps(),
         mid=whole(draw, B, 3, 1, 1) if has() else None,
         attn=tuple(draw(st.lists(sources(), max_size=2))),
+        kv=tuple((whole(draw, B, 2, n, 3), whole(draw, B, 2, n, 3)) for _ in INNER) if keyed else (),
     )
 
 
@@ -67,6 +70,7 @@ def filled(control: Control, like: Control) -> Control:
         skips=control.skips or zeros.skips,
         mid=zeros.mid if control.mid is None else control.mid,
         attn=control.attn or zeros.attn,
+        kv=control.kv if like.kv else (),
     )
 
 
@@ -74,6 +78,16 @@ def filled(control: Control, like: Control) -> Control:
 def test_the_empty_control_is_the_identity(a: Control) -> None:
     assert same(a + Control(), a)
     assert same(Control() + a, a)
+
+
+@given(controls(), controls())
+def test_keys_are_those_of_the_whole_context_or_none(a: Control, b: Control) -> None:
+    total = a + b
+    for keys, values in total.kv:
+        assert total.context is not None and keys.shape[2] == values.shape[2] == total.context.shape[1]
+    told = [c for c in (a, b) if c.context is not None]
+    assert bool(total.kv) == (bool(told) and all(c.kv for c in told))
+    assert same(Control(kv=a.scaled(2.0).kv), Control(kv=a.kv))
 
 
 @given(controls(), controls(), controls())
@@ -108,6 +122,7 @@ def test_guidance_batch_splits_back(pair: tuple[Control, Control]) -> None:
             skips=cond.skips,
             mid=cond.mid,
             attn=uncond.attn,
+            kv=cond.kv,
         )
     both = Control.batch(uncond, cond)
     assert same(rows(both, slice(None, B)), filled(uncond, cond))

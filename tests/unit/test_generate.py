@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from adapters.controlnet import ControlNet, ControlNetOptions
 from ldm.control import Adapter, Control
 from ldm.denoiser import GUESS_BASE, AdapterUse, Denoiser
-from ldm.generate import Models, images, multiple_of
+from ldm.generate import Models, Request, images, multiple_of
 from ldm.guidance import GuidanceConfig
 from ldm.models.text import TextConfig, TextEncoder
 from ldm.models.unet import UNet, UNetConfig
@@ -61,7 +61,8 @@ def models() -> Models:
 def draw(models: Models) -> Callable[..., Tensor]:
     def call(prompts: list[str], seeds: list[int], *, steps: int = 4, eta: float = 0.0, **options: Any) -> Tensor:
         sampler = DDIM(models.schedule, steps=steps, eta=eta)
-        return images(models, prompts, seeds, size=SIZE, sampler=sampler, **options)
+        on_step = options.pop("on_step", None)
+        return images(models, Request(prompts, seeds, SIZE, **options), sampler, on_step=on_step)
 
     return call
 
@@ -107,7 +108,7 @@ def test_guidance_is_two_passes_and_the_samplers_formula(models: Models, draw: C
     for i, t in enumerate(sampler.timesteps):
         eps = {}
         for word in ("a", "bad"):  # reference: separate passes, each with its own text
-            base, times = Control(context=text.encode([word])), torch.tensor([int(t)])
+            base, times = Control(context=text(text.ids([word]))), torch.tensor([int(t)])
             eps[word] = unet(x, times, base + net.control(x, times, base, prepared))
         mixed = eps["bad"] + 3.0 * (eps["a"] - eps["bad"])
         a, b = sampler.levels[i], sampler.levels[i + 1]
@@ -197,7 +198,7 @@ def test_guess_mode_mixes_with_an_ordinary_adapter(models: Models, draw: Callabl
 def test_texts_are_encoded_once(models: Models, draw: Callable[..., Tensor]) -> None:
     assert models.text is not None
     rows: list[int] = []
-    models.text.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    models.text.token_embedding.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     draw(["a", "b", "a"], [0, 1, 2])
     assert rows == [2, 1]  # two different prompts, one negative
 
@@ -233,7 +234,7 @@ def test_what_does_not_fit_is_said(models: Models, draw: Callable[..., Tensor]) 
         draw(["a"], [0], hints={"net": torch.rand(1, 3, 32, 32)})
     assert multiple_of(models) == 4
     with pytest.raises(ValueError, match="multiples of 4"):
-        images(models, ["a"], [0], size=(18, 16), sampler=DDIM(models.schedule, steps=2))
+        images(models, Request(["a"], [0], (18, 16)), DDIM(models.schedule, steps=2))
 
 
 class Nulled(Counting):
@@ -257,8 +258,24 @@ def test_the_unconditional_branch_hears_the_null_hint(models: Models) -> None:
     hint = torch.rand(2, 3, *SIZE) + 0.1
     only = Models(denoiser, models.vae, models.text, models.schedule, models.objective)
     sampler = DDIM(models.schedule, steps=2)
-    images(only, ["a", "b"], [0, 1], size=SIZE, sampler=sampler, guidance=GuidanceConfig(scale=3.0), hints={"n": hint})
+    request = Request(["a", "b"], [0, 1], SIZE, guidance=GuidanceConfig(scale=3.0), hints={"n": hint})
+    images(only, request, sampler)
     assert adapter.prepared == [2, 2]  # the hint and the null hint, once each, not once a step
     for prepared in heard:
         assert torch.equal(prepared[:2], torch.zeros(2))
         torch.testing.assert_close(prepared[2:], hint.mean(dim=(1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("hint", "seen"),
+    [
+        (torch.linspace(-1, 1, 3), r"\[-1, 1\]"),
+        (torch.tensor([0, 128, 255]), r"\[0, 255\]"),
+        (torch.tensor([0.0, float("nan"), 1.0]), r"\[nan, nan\]"),
+    ],
+    ids=["-1..1", "0..255", "nan"],
+)
+def test_hint_outside_the_adapters_range_is_refused(hint: Tensor, seen: str, draw: Callable[..., Tensor]) -> None:
+    hints = {"net": hint.view(1, 3, 1, 1).expand(1, 3, 8, 8)}
+    with pytest.raises(ValueError, match=rf"hint 'net' has values in {seen}, must be in \[0, 1\]; divide"):
+        draw(["a cat"], [1], hints=hints)

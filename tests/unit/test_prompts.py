@@ -103,3 +103,13 @@ def test_a_misspelt_file_is_suggested(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a\n")
     with pytest.raises(ConfigError, match=r"did you mean 'prompts\.txt'"):
         read_prompts(str(tmp_path / "promts.txt"))
+
+
+def test_a_record_may_name_image_and_mask_beside_its_file(tmp_path: Path) -> None:
+    record = {"prompt": "a", "hints": {"canny": "h.png"}, "image": "i.png", "mask": "m.png"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(record))
+    (prompt,) = read_prompts(str(tmp_path / "p.jsonl"))
+    assert (prompt.image, prompt.mask) == (tmp_path / "i.png", tmp_path / "m.png")
+    assert prompt.files == tuple(tmp_path / name for name in ("h.png", "i.png", "m.png"))
+    with pytest.raises(ConfigError, match=r"sample.prompts\[0\]: mask is 3, must be an image file"):
+        read_prompts({"prompt": "a", "mask": 3})

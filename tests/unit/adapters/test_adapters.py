@@ -30,6 +30,7 @@ class Case:
     hint: int = 3
     factor: int = 8
     no_op: bool = True  # whether the paper starts it at zero
+    features: int = 0  # of an image prompt: tokens of the encoded reference; there is no map then
 
 
 CASES = {
@@ -46,8 +47,22 @@ CASES = {
     "controlnet_lite, gaussian": Case(
         {"name": "controlnet_lite", "hint_widths": [4, 8], "zero_conv": "gaussian"}, factor=2, no_op=False
     ),
+    "t2i_adapter": Case({"name": "t2i_adapter"}, no_op=False),
+    "t2i_adapter, light, one channel": Case(
+        {"name": "t2i_adapter", "variant": "light", "hint_channels": 1, "vae_factor": 2}, hint=1, factor=2, no_op=False
+    ),
+    "t2i_adapter, one scale, both halves": Case(
+        {"name": "t2i_adapter", "vae_factor": 4, "scales": [0], "guide": "both"}, factor=4, no_op=False
+    ),
+    "t2i_adapter, time": Case({"name": "t2i_adapter", "vae_factor": 2, "time": True}, factor=2, no_op=False),
 }
+VIT = {"name": "vit", "image_size": 16, "patch": 8, "width": 16, "layers": 2, "heads": 2}
+for _name, _tokens in (("ip_adapter", 1), ("ip_adapter_simple", 1), ("ip_adapter plus", 5), ("ip_adapter full", 5)):
+    _options = {"name": _name.split()[0], "encoder": VIT, "variant": [*_name.split(), "base"][1], "width": 64}
+    CASES[_name] = Case(_options, no_op=False, features=_tokens)
+MAPS = {name: case for name, case in CASES.items() if not case.features}
 every_adapter = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+every_map = pytest.mark.parametrize("case", MAPS.values(), ids=MAPS.keys())
 
 
 def make(case: Case, unet: UNet) -> Adapter[Any]:
@@ -56,6 +71,8 @@ def make(case: Case, unet: UNet) -> Adapter[Any]:
 
 def hint_for(case: Case, x_t: Tensor) -> Tensor:
     h, w = (case.factor * side for side in x_t.shape[-2:])
+    if case.features:
+        return torch.randn(x_t.shape[0], 1, case.features, 16)
     return torch.rand(x_t.shape[0], case.hint, h, w)
 
 
@@ -150,8 +167,8 @@ def test_trained_adapters_commute(case: Case) -> None:
     assert not torch.equal(forth, alone)
 
 
-@every_adapter
-def test_two_halves_equal_one(case: Case) -> None:
+@pytest.mark.parametrize("case", [c for c in CASES.values() if c.options["name"] != "ip_adapter_simple"])
+def test_two_halves_equal_one(case: Case) -> None:  # tokens in the text's own attention have no scale
     unet = trained_unet()
     adapter = waken(make(case, unet))
     x_t, t, base = latents()
@@ -184,18 +201,20 @@ def test_what_is_prepared_doubles_for_guidance(case: Case) -> None:
     torch.testing.assert_close(pytree.tree_leaves(together), pytree.tree_leaves(apart), atol=1e-5, rtol=0)
 
 
-@every_adapter
+@every_map
 def test_hint_of_another_size_is_refused(case: Case) -> None:
     unet = trained_unet()
     adapter = make(case, unet)
     x_t, t, base = latents()
     hint = hint_for(case, x_t)[..., : -2 * case.factor]
     h, w = (case.factor * side for side in x_t.shape[-2:])
-    with pytest.raises(ValueError, match=rf"hint is {h}x{w - 2 * case.factor} \(h w\), the image {h}x{w}; resize"):
+    with pytest.raises(
+        ValueError, match=rf"hint is {h}x{w - 2 * case.factor} \(h w\), the image {h}x{w} if the VAE shrinks"
+    ):
         adapter.control(x_t, t, base, adapter.prepare(hint))
 
 
-@every_adapter
+@every_map
 def test_hint_that_is_a_few_pixels_short_is_refused(case: Case) -> None:
     x_t, _, _ = latents()
     hint = hint_for(case, x_t)[:, :, 1:]
@@ -204,18 +223,18 @@ def test_hint_that_is_a_few_pixels_short_is_refused(case: Case) -> None:
         make(case, trained_unet()).prepare(hint)
 
 
-@every_adapter
+@every_map
 def test_hint_with_another_number_of_channels_is_refused(case: Case) -> None:
     adapter = make(case, trained_unet())
-    message = rf"hint has {case.hint + 1} channels; this ControlNet takes {case.hint}"
+    message = rf"hint has {case.hint + 1} channels; this adapter takes {case.hint}"
     with pytest.raises(ValueError, match=message):
         adapter.prepare(torch.rand(2, case.hint + 1, 32, 32))
 
 
-@every_adapter
+@every_map
 def test_unknown_option_is_refused(case: Case) -> None:
-    with pytest.raises(registry.ConfigError, match=r"unknown keys \['hint_wdths'\].*did you mean 'hint_widths'"):
-        registry.build("adapter", {**case.options, "hint_wdths": [4]}, unet=UNet(SHALLOW))
+    with pytest.raises(registry.ConfigError, match=r"unknown keys \['hint_chanels'\].*did you mean 'hint_channels'"):
+        registry.build("adapter", {**case.options, "hint_chanels": 4}, unet=UNet(SHALLOW))
 
 
 @every_adapter

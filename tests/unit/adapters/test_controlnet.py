@@ -109,7 +109,7 @@ def test_hint_is_added_once_after_the_first_convolution() -> None:
     nn.init.dirac_(first.weight)  # residual 0 is skip 0 itself
     waken(net.hint)
     x_t, t, base, hint = inputs()
-    features = net.prepare(hint)
+    features = net.prepare(hint).features
     assert features.std() > 1e-3
     skip = run(net, x_t, t, base, hint).skips[0]
     torch.testing.assert_close(skip - net.encoder.conv_in(x_t), features, atol=1e-6, rtol=0)

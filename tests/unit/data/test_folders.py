@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+import adapters  # noqa: F401  registers the hint extractors
 import ldm.data  # noqa: F401  registers the readers
 from ldm.data import DataError
 from ldm.registry import ConfigError, build
@@ -22,6 +23,15 @@ def test_folder_gives_image_text_hint_and_reference(folder_set):
     assert sample.image[:, 5, 2].tolist() == [1, -1, -1] and sample.image[:, 5, 13].tolist() == [-1, -1, 1]
     assert sample.hints["lines"][:, 5, 2].tolist() == [1, 1, 1] and sample.hints["lines"].amin() == 0
     assert sample.reference is not None and torch.equal(sample.reference, sample.image)
+
+
+def test_hints_may_be_made_of_the_picture_itself(folder_set):
+    data = folder(folder_set(), hints={"lines": "edges", "palette": {"name": "color", "cell": 4}}, flip=True)
+    for view in (data[0], data.load(0, torch.Generator().manual_seed(1))):
+        image = view.image / 2 + 0.5
+        assert list(view.hints) == ["lines", "palette"]
+        torch.testing.assert_close(view.hints["palette"], build("hint", {"name": "color", "cell": 4})(image[None])[0])
+    assert folder(folder_set(), hints={"x": {"name": "sketch"}})[0].hints["x"].shape == (3, 16, 16)
 
 
 def test_huggingface_column_name_is_understood(tmp_path, picture):
@@ -155,6 +165,7 @@ def test_hint_lying_on_its_side_is_an_error_when_read(folder_set, picture):
         ({"where": {"spilt": "train"}}, "data.where has column 'spilt'.*did you mean 'split'"),
         ({"where": {"split": "test"}}, "matches none of the 4 images of .*; it has split: heldout, train"),
         ({"hints": {"x": "edge"}}, "names column 'edge'.*did you mean 'edges'"),
+        ({"hints": {"x": {"name": "colour"}}}, "hint.name is 'colour'; registered: .*did you mean 'color'"),
         ({"hints": ["edges"]}, "data.hints and data.where must be mappings"),
         ({"size": 4}, "data.size is 4; must be a whole number of at least 8"),
         ({"size": "64"}, "size is '64', must be int"),

@@ -38,7 +38,7 @@ def test_res_block_formula() -> None:
     net = waken(ResBlock(8, 12, 16, 4))
     x, emb = torch.randn(2, 8, 4, 6), torch.randn(2, 16)
     h = net.conv1(F.silu(F.group_norm(x, 4, net.norm1.weight, net.norm1.bias, eps=1e-5)))
-    h = h + net.emb(F.silu(emb))[:, :, None, None]
+    h = h + net.emb(emb)[:, :, None, None]
     h = net.conv2(F.silu(F.group_norm(h, 4, net.norm2.weight, net.norm2.bias, eps=1e-5)))
     torch.testing.assert_close(net(x, emb), net.shortcut(x) + h, atol=1e-6, rtol=0)
 

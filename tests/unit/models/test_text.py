@@ -71,11 +71,11 @@ def test_long_prompts_are_cut_and_reported() -> None:
     assert torch.equal(tokens.ids[0], tokens.ids[1])
 
 
-def test_encode_warns_about_long_prompts(caplog: pytest.LogCaptureFixture) -> None:
+def test_long_prompts_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     text = TextEncoder(TINY)
     with caplog.at_level(logging.WARNING):
-        out = text.encode(["a", "a b c d e f g h i j k l"])
-    assert out.shape == (2, 12, 16)
+        ids = text.ids(["a", "a b c d e f g h i j k l"])
+    assert ids.shape == (2, 12)
     assert [r.getMessage() for r in caplog.records] == [
         "1 of the 2 prompts so far are longer than 12 tokens and were cut, e.g. 'a b c d e f g h i j k l'; "
         "this is said once"
@@ -86,7 +86,7 @@ def test_cut_prompts_are_warned_about_once_with_the_count_so_far(caplog: pytest.
     text, long = TextEncoder(TINY), "a b c d e f g h i j k l"
     with caplog.at_level(logging.WARNING):
         for texts in (["a", "b"], ["a", long], [long, long]):
-            text.encode(texts)
+            text.ids(texts)
     assert len(caplog.records) == 1
     assert caplog.records[0].getMessage().startswith("1 of the 4 prompts so far")
 
@@ -115,6 +115,19 @@ def test_layers_and_final_norm() -> None:
         variant = TextEncoder(config).eval()
         variant.load_state_dict(text.state_dict())
         torch.testing.assert_close(variant(ids), expected)
+
+
+def test_outputs_are_the_layer_and_the_projected_pooled_text_of_the_last_block() -> None:
+    config = TextConfig(width=16, layers=3, heads=2, merges=100, context_length=12, final_norm=False, projection=5)
+    text, ids = TextEncoder(config).eval(), TextEncoder(TINY).ids(["a b", "c"])
+    pooled = text.pooled(text.ln_final(text.hidden(ids)), ids) @ text.text_proj
+    for clip_skip in (1, 2, 3):
+        tokens, features = text.outputs(ids, clip_skip)
+        assert features is not None and features.shape == (2, 5)
+        torch.testing.assert_close(tokens, text.hidden(ids, clip_skip - 1))
+        torch.testing.assert_close(features, pooled)
+    torch.testing.assert_close(text.outputs(ids)[0], text(ids))
+    assert TextEncoder(TINY).outputs(ids)[1] is None
 
 
 def test_pooled_takes_the_first_end_mark() -> None:
@@ -156,6 +169,7 @@ def test_too_many_positions_are_refused() -> None:
         ({"layers": 1, "layer": "penultimate"}, "text.layers is 1, must be at least 2"),
         ({"context_length": 2}, "text.context_length is 2"),
         ({"merges": 50_000}, "text.merges is 50000"),
+        ({"projection": 0}, "text.projection is 0, must be null or at least 1"),
     ],
 )
 def test_bad_config_is_one_line(options: dict[str, object], message: str) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ldm.training.draws import Draws, generator
+from ldm.training.draws import Draws, cubic, generator
 
 
 def test_row_i_depends_on_seed_purpose_and_position_alone() -> None:
@@ -34,6 +34,21 @@ def test_draws_follow_their_distributions() -> None:
     assert abs(uniform.mean() - 0.5) < 0.02
     assert integers.dtype == torch.int64 and integers.unique().tolist() == list(range(10))
     assert (integers.bincount() - 200).abs().max() < 60
+
+
+def test_cubic_times_prefer_the_noisy_end_and_never_reach_t() -> None:
+    t = cubic(torch.rand(2_000_000), 1000)  # P(t >= a T) = (1 - a)^(1/3)
+    assert t.double().mean().sub(749.5).abs() < 1
+    assert (t >= 667).double().mean().sub(0.693).abs() < 0.002
+    assert (t < 333).double().mean().sub(0.126).abs() < 0.002
+    assert cubic(torch.tensor([0.0, 1 - 2**-24]), 1000).tolist() == [999, 0]
+
+
+def test_timesteps_are_uniform_or_cubic_per_position() -> None:
+    draws = Draws(0, range(300))
+    assert torch.equal(draws.timesteps("uniform", 1000), draws.integers("timestep", 1000))
+    assert draws.timesteps("cubic", 1000).float().mean() > 650
+    assert torch.equal(Draws(0, [7]).timesteps("cubic", 1000), draws.timesteps("cubic", 1000)[7:8])
 
 
 def test_neighbouring_positions_are_uncorrelated() -> None:

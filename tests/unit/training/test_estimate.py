@@ -14,7 +14,7 @@ from ldm.data.images import Batch
 from ldm.registry import ConfigError
 from ldm.training import estimate, optim
 from ldm.training.draws import Draws
-from ldm.training.stage import Loss, Report, Stage
+from ldm.training.stage import Loss, Report, Stage, choose_trainable, networks
 from scripts import train
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -30,9 +30,8 @@ def tiny(name: str, *overrides: str) -> RunConfig:
 
 
 def real_stage(cfg: RunConfig) -> Stage:
-    stage = build.stage(cfg).requires_grad_(False)
-    for module in stage.players.values():
-        optim.trainable(module, cfg.train.trainable if module is stage.trained else ["*"])
+    stage = build.stage(cfg)
+    choose_trainable(stage, cfg.train.trainable)
     return stage.to(memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
 
 
@@ -148,7 +147,7 @@ def test_averaged_weights_take_no_memory_when_they_are_off() -> None:
 def test_sd15_controlnet_counts_are_the_published_ones() -> None:
     stage = estimate.meta_stage(config.load(CONFIGS / "train" / "sd15" / "controlnet_canny.yaml"))
     assert all(p.is_meta for p in stage.parameters())
-    rows = dict(line.split(maxsplit=1) for line in optim.table(nn.ModuleDict(estimate.models(stage))).splitlines())
+    rows = dict(line.split(maxsplit=1) for line in optim.table(nn.ModuleDict(networks(stage))).splitlines())
     assert rows["unet"].split() == ["0", "859,520,964"]
     assert rows["vae"].split() == ["0", "83,653,863"]
     assert rows["text"].split() == ["0", "123,060,480"]

@@ -1,0 +1,96 @@
+"""Image prompts: which picture a sample gets."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import ldm.data  # noqa: F401  registers the readers
+from ldm.data import DataError
+from ldm.registry import ConfigError, build
+
+from .conftest import write_rows
+
+STYLES = ("flat", "noto", "twemoji")
+
+
+def made(root: Path) -> Path:
+    """Three styles of three concepts, each of its own grey; concept 2 is held out, and so is noto-0."""
+    rows: list[dict[str, Any]] = []
+    for c in range(3):
+        for s, style in enumerate(STYLES):
+            Image.new("RGB", (16, 16), (20 * (3 * c + s),) * 3).save(root / f"{style}{c}.png")
+            split = "heldout_concept" if c == 2 else "heldout_pair" if (style, c) == ("noto", 0) else "train"
+            rows.append({"file": f"{style}{c}.png", "text": style, "style": style, "concept": str(c), "split": split})
+    write_rows(root, rows)
+    return root
+
+
+def folder(root: Path, **options: Any) -> Any:
+    return build("data", {"name": "folder", "root": str(root), "size": 16, **options})
+
+
+def names(data: Any) -> dict[str, set[str]]:
+    """Image -> its possible references."""
+    return {data[i].key: {Path(name).name for name in data.references(i)} for i in range(len(data))}
+
+
+def test_reference_is_another_style_of_the_same_concept_and_split(tmp_path: Path) -> None:
+    found = names(folder(made(tmp_path), where={"split": "train"}, reference={"same": "concept"}))
+    assert found == {
+        "flat0.png": {"twemoji0.png"},  # not the held-out noto0
+        "twemoji0.png": {"flat0.png"},
+        "flat1.png": {"noto1.png", "twemoji1.png"},
+        "noto1.png": {"flat1.png", "twemoji1.png"},
+        "twemoji1.png": {"flat1.png", "noto1.png"},
+    }
+
+
+def test_reference_may_be_itself_or_of_one_style_or_of_more_splits(tmp_path: Path) -> None:
+    root = made(tmp_path)
+    itself = folder(root, where={"split": "train"}, reference={"same": "concept", "itself": True})
+    assert names(itself)["noto1.png"] == {"flat1.png", "noto1.png", "twemoji1.png"}
+    noto = {"same": "concept", "where": {"style": "noto"}}
+    assert names(folder(root, where={"split": "train", "style": "flat"}, reference=noto)) == {
+        "flat1.png": {"noto1.png"}
+    }
+    wide = {"same": "concept", "where": {"split": ["train", "heldout_pair"]}}
+    assert names(folder(root, where={"split": "heldout_pair"}, reference=wide)) == {
+        "noto0.png": {"flat0.png", "twemoji0.png"}
+    }
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_reference_is_drawn_with_the_samples_own_generator(tmp_path: Path, memory: bool) -> None:
+    data = folder(
+        made(tmp_path), where={"split": "train"}, reference={"same": "concept", "itself": True}, memory=memory
+    )
+
+    def grey(index: int, seed: int | None) -> float:
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return float(data.load(index, generator).reference.mean())
+
+    drawn = [grey(3, seed) for seed in range(12)]
+    assert len(set(drawn)) == 3 and drawn == [grey(3, seed) for seed in range(12)]
+    assert len({grey(3, None) for _ in range(3)}) == 1  # without one it is always the same
+    assert set(drawn) == {float(data.reference(name).mean()) for name in data.references(3)}
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ({"same": "concpet"}, "data.where has column 'concpet'"),
+        ({"same": "style", "where": {"style": "line"}}, "matches none of the 9 images"),
+        ({"same": "file"}, "none of the 5 images .* has another of its 'file'"),
+    ],
+)
+def test_reference_that_leads_nowhere_is_refused(tmp_path: Path, reference: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        folder(made(tmp_path), where={"split": "train"}, reference=reference)
+
+
+def test_unknown_key_of_a_reference_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.reference: unknown keys \['smae'\], missing keys \['same'\]"):
+        folder(made(tmp_path), reference={"smae": "concept"})
