@@ -123,6 +123,7 @@ class SampleConfig:
     guidance: GuidanceNode = dataclasses.field(default_factory=GuidanceNode)
     precision: str = "bf16"  # fp32 | bf16 | fp16: dtype of the models' weights while sampling
     tile: int | None = None  # VAE decoding in tiles of this many latent pixels; null = whole
+    sliced: bool = False  # VAE decoding one image at a time: the same pictures, less memory
     clip_skip: int | None = None  # 1 = tokens behind the last block of the text encoder, 2 = one before; null = its own
     prompt_weights: bool = False  # read (word:1.3), (word) and [word] as weights
     long_prompts: str = "cut"  # cut | chunks: read what fits, or all of it in parts of 75 tokens

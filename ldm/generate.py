@@ -50,6 +50,7 @@ class Request:
         masks: adapter name -> b 1 h w in [0, 1], where in the picture it counts; everywhere where a name is missing.
         source: picture to start from (image-to-image) or to complete (inpainting); None starts from noise.
         tile: VAE decoding in square tiles of this many latent pixels; None decodes whole.
+        sliced: VAE decoding one image at a time, for less memory.
     """
 
     prompts: Sequence[str]
@@ -63,6 +64,7 @@ class Request:
     masks: Mapping[str, Tensor] = dataclasses.field(default_factory=dict[str, Tensor])
     source: Source | None = None
     tile: int | None = None
+    sliced: bool = False
 
     @property
     def masked(self) -> bool:
@@ -114,7 +116,8 @@ def images(models: Models, request: Request, sampler: Sampler, *, on_step: OnSte
 
     predict = guided(pair, to_prediction, request.guidance, lambda _: pair.step / pair.steps)
     latent = sampler.sample(predict, start.x, noise, on_step=after, start=start.index)
-    return models.vae.from_latent(latent, request.tile).float().add(1).div(2).clamp(0, 1)
+    pictures = models.vae.from_latent(latent, request.tile, one_by_one=request.sliced)
+    return pictures.float().add(1).div(2).clamp(0, 1)
 
 
 def multiple_of(models: Models) -> int:

@@ -2,10 +2,10 @@
 
 python scripts/convert.py inspect v1-5-pruned-emaonly.safetensors
 python scripts/convert.py import v1-5-pruned-emaonly.safetensors --out checkpoints/sd15 [--ema: its averaged UNet]
-python scripts/convert.py export checkpoints/sd15 --layout original --out sd15.safetensors
-    layouts: original, diffusers, controlnet_{original,standalone,diffusers}, t2i_{original,diffusers}
+python scripts/convert.py export checkpoints/sd15 --layout LAYOUT --out sd15.safetensors; LAYOUT is one of
+    original, diffusers, controlnet_{original,standalone,diffusers}, t2i_{original,diffusers}, ip_adapter
 python scripts/convert.py fetch sd15 [--out checkpoints] [--sha256 HEX]
-python scripts/convert.py share runs/emoji/ldm checkpoints/emoji/unet.safetensors [--stem model] [--dtype fp16]
+python scripts/convert.py share runs/emoji/ldm unet.safetensors [--stem model] [--dtype fp16] [--only PREFIX]
 """
 
 import argparse
@@ -19,14 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm import config
 
 LIST = Path(__file__).resolve().parents[1] / "checkpoints" / "weights.yaml"
-PATH, OUT = {"type": Path}, {"type": Path, "required": True}
+PATH, OUT, STEM = {"type": Path}, {"type": Path, "required": True}, {"help": "file of the checkpoint"}
+ONLY = {"default": "", "help": "tensors whose names begin so, e.g. image."}
 DTYPE = {"default": "fp16", "choices": ["fp32", "bf16", "fp16"]}
 ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
     "inspect": {"path": PATH},
     "import": {"path": PATH, "--out": OUT, "--ema": {"action": "store_true"}},
     "export": {"paths": PATH | {"nargs": "+"}, "--layout": {"required": True}, "--out": OUT},
     "fetch": {"name": {}, "--out": PATH | {"default": LIST.parent}, "--sha256": {"help": "where the list has none"}},
-    "share": {"run": PATH, "out": PATH, "--stem": {"help": "file of the checkpoint"}, "--dtype": DTYPE},
+    "share": {"run": PATH, "out": PATH, "--stem": STEM, "--dtype": DTYPE, "--only": ONLY},
 }
 
 
@@ -36,11 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, arguments in ARGUMENTS.items():
         command = commands.add_parser(name)
-        for flag, options in arguments.items():
-            command.add_argument(flag, **options)
+        [command.add_argument(flag, **how) for flag, how in arguments.items()]
     args = parser.parse_args(argv)
+    options = {k: v for k, v in vars(args).items() if k != "command"}
     with config.user_errors():
-        import adapters  # noqa: F401  torch: slow to import, not needed for --help
+        import adapters  # noqa: F401  (torch is slow to import, and not needed for --help)
         from ldm.convert import fetch, model
         from ldm.training import checkpoint
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "import": lambda: model.import_model(args.path, args.out, args.ema),
             "export": lambda: model.export(args.paths, args.layout, args.out),
             "fetch": lambda: [fetch.fetch(args.name, fetch.published(LIST), args.out, args.sha256)],
-            "share": lambda: [f"{checkpoint.share(args.run, args.out, stem=args.stem, dtype=args.dtype):,} bytes"],
+            "share": lambda: [f"{checkpoint.share(**options):,} bytes"],
         }
         print(*actions[args.command](), sep="\n")
 

@@ -128,6 +128,7 @@ def draw(job: Plan, models: generate.Models, sampler: Sampler, items: Sequence[I
         masks={name: mask.expand(len(items), -1, -1, -1) for name, mask in job.masks().items()},
         source=_source(job, items),
         tile=job.config.sample.tile,
+        sliced=job.config.sample.sliced,
     )
     return generate.images(models, request, sampler)
 

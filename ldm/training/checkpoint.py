@@ -202,7 +202,7 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def share(run: Path, out: Path, *, stem: str | None = None, dtype: str = "fp16") -> int:
+def share(run: Path, out: Path, *, stem: str | None = None, dtype: str = "fp16", only: str = "") -> int:
     """Write the newest weights of a run as one safetensors file, with their config and step in the header.
 
     Args:
@@ -210,9 +210,11 @@ def share(run: Path, out: Path, *, stem: str | None = None, dtype: str = "fp16")
         out: file to write; an existing one is replaced only when the new one is whole.
         stem: which file of the checkpoint; None takes the only one.
         dtype: fp32 | bf16 | fp16 for floating-point tensors.
+        only: write the tensors whose names begin so, under their whole names, e.g. "image.".
 
     Returns: bytes written.
-    Raises: ConfigError if there is no complete checkpoint or `stem` is needed, or values overflow the dtype.
+    Raises: ConfigError if there is no complete checkpoint, `stem` is needed, nothing is named `only`..., or values
+        overflow the dtype.
     """
     folder = latest(run)
     if folder is None:
@@ -221,7 +223,10 @@ def share(run: Path, out: Path, *, stem: str | None = None, dtype: str = "fp16")
     if (stem is None and len(stems) != 1) or (stem is not None and stem not in stems):
         raise ConfigError(f"stem is {stem!r}; {folder} has {', '.join(stems)}: name one with --stem")
     source = folder / f"{stem or stems[0]}.safetensors"
-    tensors = {k: v.to(DTYPES[dtype]) if v.is_floating_point() else v for k, v in files.read(source).items()}
+    chosen = {k: v for k, v in files.read(source).items() if k.startswith(only)}
+    if not chosen:
+        raise ConfigError(f"only is {only!r}, but no tensor of {source} begins so; see convert.py inspect")
+    tensors = {k: v.to(DTYPES[dtype]) if v.is_floating_point() else v for k, v in chosen.items()}
     if bad := not_finite(tensors):
         raise ConfigError(f"{source} as {dtype} is not finite in {grouped(bad)}; use --dtype bf16 or fp32")
     temporary = out.with_name(out.name + ".tmp")

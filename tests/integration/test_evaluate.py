@@ -114,9 +114,20 @@ def test_share_halves_floats_keeps_integers_and_metadata(tmp_path: Path) -> None
     assert checkpoint.read_metadata(tmp_path / "out" / "w.safetensors")["step"] == "1"
 
 
+def test_share_can_write_a_part(tmp_path: Path) -> None:
+    run = run_with(tmp_path, **{"image.w": torch.ones(2), "text.w": torch.ones(2)})
+    convert.main(["share", str(run), str(tmp_path / "w.safetensors"), "--only", "image."])
+    assert list(load_file(tmp_path / "w.safetensors")) == ["image.w"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "not finite in w"), (["--stem", "adapter"], "has model: name one"), (["--dtype", "bf16"], "")],
+    [
+        (["--only", "audio."], "only is 'audio.'"),
+        ([], "not finite in w"),
+        (["--stem", "adapter"], "has model: name one"),
+        (["--dtype", "bf16"], ""),
+    ],
 )
 def test_share_refuses_what_it_would_spoil(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -279,3 +279,11 @@ def test_hint_outside_the_adapters_range_is_refused(hint: Tensor, seen: str, dra
     hints = {"net": hint.view(1, 3, 1, 1).expand(1, 3, 8, 8)}
     with pytest.raises(ValueError, match=rf"hint 'net' has values in {seen}, must be in \[0, 1\]; divide"):
         draw(["a cat"], [1], hints=hints)
+
+
+def test_sliced_decoding_draws_the_same(models: Models, draw: Callable[..., Tensor]) -> None:
+    batches: list[int] = []
+    models.vae.decoder.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    whole, apart = (draw(["a", "b"], [0, 1], sliced=sliced) for sliced in (False, True))
+    assert batches == [2, 1, 1]
+    torch.testing.assert_close(apart, whole, atol=1e-5, rtol=0)
