@@ -140,6 +140,7 @@ class IPAdapter(Adapter[Control]):
     """Image tokens with keys and values of their own in every cross-attention layer (Eq. 5)."""
 
     image_prompt = True
+    hint_range = (0.0, 1.0)
 
     def __init__(self, options: IPAdapterOptions, *, unet: UNet, tower: ImageTower | None = None) -> None:
         """Args: tower: the encoder with its weights; None makes one of the same shape."""
@@ -185,6 +186,8 @@ class SimpleIPAdapter(Adapter[Control]):
     """
 
     image_prompt = True
+    weighable = False
+    hint_range = (0.0, 1.0)
 
     def __init__(self, options: IPAdapterOptions, *, unet: UNet, tower: ImageTower | None = None) -> None:
         """Args: see IPAdapter."""

@@ -206,5 +206,17 @@ def denoiser(config: RunConfig) -> Denoiser:
             towers[key] = towers.get(key) or _tower(name, encoder)  # adapters with equal encoders share one
             runtime["tower"] = towers[key]
         adapter: Adapter[Any] = _filled("adapter", options, use.weights, f"adapters.{name}", **runtime)
+        _check_use(name, use, adapter)
         built[name] = adapter
     return Denoiser(unet, built)
+
+
+def _check_use(name: str, use: AdapterUse, adapter: Adapter[Any]) -> None:
+    """Refuse what this adapter would leave unread. Raises: ConfigError."""
+    if not adapter.weighable and (use.scale not in (0, 1) or use.mask or use.blocks):
+        raise ConfigError(
+            f"adapters.{name} speaks through the text's own attention: its scale is {use.scale:g}, allowed: 0, 1; "
+            "mask and blocks cannot act on it: drop them"
+        )
+    if adapter.image_prompt and use.extractor is not None:
+        raise ConfigError(f"adapters.{name}.extractor is set, but its hint is a picture as it is; drop the key")

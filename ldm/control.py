@@ -204,6 +204,7 @@ class Adapter(nn.Module, ABC, Generic[P]):
 
     hint_range: tuple[float, float] | None = None
     image_prompt: ClassVar[bool] = False
+    weighable: ClassVar[bool] = True  # False: it speaks through context, which no scale, block or mask reaches
 
     def encode(self, hint: Tensor) -> Tensor:
         """The hint as people give it -> as `prepare` takes it: what a frozen network makes of it, once per image.

@@ -75,6 +75,8 @@ def weigh_skips(control: Control, scales: Sequence[float]) -> Control:
         raise ConfigError(
             f"skip_scales has {len(scales)} entries; this adapter has {n} skips and a middle: give {n + 1}"
         )
+    if not control.skips and control.mid is None:
+        raise ConfigError("skip_scales weighs skips and the middle; this adapter has neither: use scale or blocks")
     skips = tuple(s * x for s, x in zip(scales, control.skips, strict=False))
     return dataclasses.replace(control, skips=skips, mid=None if control.mid is None else scales[-1] * control.mid)
 

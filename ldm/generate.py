@@ -17,6 +17,7 @@ from ldm.denoiser import AdapterUse, Denoiser
 from ldm.guidance import GuidanceConfig, guided
 from ldm.models.text import Text
 from ldm.models.vae import VAE
+from ldm.registry import ConfigError
 from ldm.samplers.base import ImageNoise, OnStep, Sampler
 from ldm.schedule import Prediction, Schedule
 from ldm.source import Source, Start, begin, check_source, for_inpainting
@@ -207,6 +208,9 @@ def _check(models: Models, request: Request) -> None:
             raise ValueError(f"hint {name!r} has {len(hint)} images for {b} prompts; give one per image")
         if name in models.denoiser.adapters:
             _check_range(name, hint, models.denoiser.adapter(name).hint_range)
+    if unknown := sorted((request.masks.keys() | request.uses.keys()) - models.denoiser.adapters.keys()):
+        known = ", ".join(models.denoiser.adapters) or "none"
+        raise ConfigError(f"masks or uses for {unknown}, which are no adapters; adapters: {known}")
     for name, mask in request.masks.items():
         if mask.ndim != 4 or mask.shape[:2] != (b, 1):
             raise ValueError(f"mask of {name!r} is {tuple(mask.shape)}, must be {b} 1 h w: one per image")

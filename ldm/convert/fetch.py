@@ -53,6 +53,10 @@ class Published:
     config: str
     file: str = ""
 
+    def __post_init__(self) -> None:
+        if self.stored in ("", ".", "..") or "/" in self.stored or "\\" in self.stored:
+            raise ConfigError(f"file is {self.stored!r}, must be a plain file name without folders")
+
     @property
     def stored(self) -> str:
         """File name in the folder of weights."""
@@ -194,15 +198,16 @@ def _append(opener: urllib.request.OpenerDirector, entry: Published, file: Binar
         headers["Range"] = f"bytes={have}-"
     with opener.open(urllib.request.Request(entry.url, headers=headers), timeout=TIMEOUT) as answer:
         span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
-        if answer.status != 206 or span is None or int(span[1]) != have:
-            have = 0
-            file.truncate(0)
-            file.seek(0)
-        total = span[2] if span and have else answer.headers.get("Content-Length", "")
-        if total.isdigit() and int(total) != entry.size:
+        goes_on = answer.status == 206 and span is not None and int(span[1]) == have
+        total = span[2] if span and goes_on else answer.headers.get("Content-Length", "")
+        if total.isdigit() and int(total) != entry.size:  # before anything is thrown away: it may be a login page
             raise ConfigError(
                 f"{entry.url} has {total} bytes, must be {entry.size}: it was replaced; ask the publisher"
             )
+        if not goes_on:
+            have = 0
+            file.truncate(0)
+            file.seek(0)
         bar.update(have - bar.n)
         while (room := entry.size - file.tell()) and (data := answer.read(min(CHUNK, room))):
             file.write(data)

@@ -23,6 +23,7 @@ from ldm.registry import ConfigError, suggest
 PICKLED = (".ckpt", ".pth", ".pt", ".bin")
 FOLDERS = {"unet": "unet", "vae": "vae", "text_encoder": "text", "text_encoder_2": "text_2", "controlnet": "controlnet"}
 EXTRAS = "extras"
+OURS = (*FOLDERS.values(), "t2i_adapter", "ip_adapter", "image", EXTRAS)  # stems of the files that `import` writes
 IP_ADAPTER = ("image_proj", "ip_adapter")
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 ENDINGS = (".safetensors.index.json", ".safetensors", ".fp16.safetensors", ".bin.index.json", ".bin")
@@ -77,7 +78,9 @@ def _unpickled(path: Path) -> Any:
 def _flat(content: Any) -> dict[str, Tensor]:
     """The tensors of what a pickle held; trainers put the weights under `state_dict`."""
     inner = content.get("state_dict", content) if isinstance(content, Mapping) else {}
-    items = inner.items() if isinstance(inner, Mapping) else ()
+    if not isinstance(inner, Mapping):
+        return {}
+    items = inner.items()
     flat = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
     for part in IP_ADAPTER:  # its .bin nests what its .safetensors has flat
         if isinstance(inside := inner.get(part), Mapping):
@@ -119,7 +122,7 @@ def sources(path: Path) -> dict[str, Path]:
         return {"": path}
     if file := _weight_file(path):
         return {"": file}
-    ours = {n: path / f"{n}.safetensors" for n in (*FOLDERS.values(), EXTRAS) if (path / f"{n}.safetensors").is_file()}
+    ours = {n: path / f"{n}.safetensors" for n in OURS if (path / f"{n}.safetensors").is_file()}
     theirs = {name: _weight_file(path / folder) for folder, name in FOLDERS.items() if (path / folder).is_dir()}
     if found := ours or {name: file for name, file in theirs.items() if file}:
         return found

@@ -80,7 +80,8 @@ def dry_run(config: RunConfig) -> str:
         "text": models.text,
         **dict(models.denoiser.adapters.items()),
     }
-    files = [*job.weights.values(), *(path for prompt in job.prompts for path in prompt.files)]
+    masks = [Path(use.mask) for use in job.uses.values() if use.mask]
+    files = [*job.weights.values(), *masks, *(path for prompt in job.prompts for path in prompt.files)]
     absent = [str(path) for path in dict.fromkeys(files) if not path.exists()]
     lines = [
         f"{len(job.prompts)} prompts x {len(job.seeds)} seeds = {len(job.prompts) * len(job.seeds)} images of {h}x{w} "

@@ -104,7 +104,13 @@ def peak_apart(name: str, side: str, options: Options) -> dict[str, float]:
     script = Path(__file__).parents[1] / "benchmark.py"
     command = [sys.executable, str(script), name, "--scale", options.scale, "--device", options.device]
     command += ["--threads", str(options.threads), "--peak-of", side]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    if options.device == "cuda":
+        torch.cuda.empty_cache()  # the other process needs the room
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise ConfigError(f"{name}: measuring {side} in a process of its own failed ({reason}); try --no-memory")
+    return json.loads(done.stdout)
 
 
 def peak_here(name: str, side: str, options: Options) -> dict[str, float]:

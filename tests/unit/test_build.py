@@ -1,7 +1,9 @@
 from typing import Any
 
 import pytest
+import torch
 
+import adapters  # noqa: F401  (registers them)
 from ldm import build, config
 from ldm.denoiser import AdapterUse
 from ldm.registry import ConfigError
@@ -55,3 +57,19 @@ def test_weights_that_are_no_path_are_refused(key: str, said: str) -> None:
     node = {"name": "kl", "channels": [8, 8], "groups": 4, key: 5}
     with pytest.raises(ConfigError, match=said):
         build.component("vae", node)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        ({"scale": 0.5}, r"adapters\.image speaks through the text's own attention: its scale is 0\.5"),
+        ({"blocks": {"mid": 0.0}}, "mask and blocks cannot act"),
+        ({"extractor": "sketch"}, r"adapters\.image\.extractor is set"),
+    ],
+)
+def test_keys_that_an_adapter_would_leave_unread_are_refused(use: dict[str, Any], message: str) -> None:
+    tower = {"name": "vit", "image_size": 16, "patch": 8, "width": 16, "layers": 2, "heads": 2}
+    unet = {"name": "unet", "channels": [8, 16], "blocks": 1, "depth": [0, 1], "num_heads": 2, "groups": 4}
+    node = {"name": "ip_adapter_simple", "encoder": tower, "width": 64} | use
+    with torch.device("meta"), pytest.raises(ConfigError, match=message):
+        build.denoiser(config.from_mapping({"model": {"unet": unet}, "adapters": {"image": node}}))

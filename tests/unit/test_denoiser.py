@@ -97,8 +97,15 @@ def test_skip_scales_weigh_each_skip_and_then_the_middle() -> None:
 def test_skip_scales_leave_the_rest_alone() -> None:
     kv = ExtraKV(k=(torch.ones(1, 1, 1),), v=(torch.ones(1, 1, 1),))
     stages = (torch.ones(1, 1, 1, 1),)
-    weighed = weigh_skips(Control(stages=stages, attn=(kv,)), [0.5])
+    skips = (torch.ones(1, 1, 1, 1),)
+    weighed = weigh_skips(Control(stages=stages, skips=skips, attn=(kv,)), [0.5, 2.0])
     assert weighed.mid is None and weighed.stages is stages and weighed.attn == (kv,)
+    assert torch.equal(weighed.skips[0], 0.5 * skips[0])
+
+
+def test_skip_scales_that_weigh_nothing_are_refused() -> None:
+    with pytest.raises(ConfigError, match="this adapter has neither"):
+        weigh_skips(Control(stages=(torch.ones(1, 1, 1, 1),)), [0.5])
 
 
 @pytest.mark.parametrize("n", [0, 12, 14])

@@ -162,3 +162,9 @@ def test_a_wrong_list_is_said(tmp_path: Path) -> None:
     (tmp_path / "weights.yaml").write_text("x: {url: https://a/b}")
     with pytest.raises(ConfigError, match=r"weights.yaml: x: .*missing keys \['config', 'layout', 'licence', 'sha256'"):
         fetch.published(tmp_path / "weights.yaml")
+
+
+def test_a_name_that_leaves_the_folder_is_refused() -> None:
+    for name in ("../x.safetensors", "a/b", ".."):
+        with pytest.raises(ConfigError, match="must be a plain file name"):
+            fetch.Published("https://example.org/x", 1, None, "MIT", "original", "x.yaml", name)
