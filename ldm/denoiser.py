@@ -82,13 +82,14 @@ def weigh_skips(control: Control, scales: Sequence[float]) -> Control:
 
 
 def weigh_blocks(control: Control, blocks: Mapping[str, float] | None, spec: UNetSpec) -> Control:
-    """Weight what an adapter says by its place in the UNet: attention sources and stages.
+    """Weight what an adapter says by its place in the UNet: attention sources, stages and what comes with them.
 
     Args:
         control: of one adapter.
         blocks: place -> weight; None changes nothing. The longest name that fits a layer counts, 1 where none does, so
             {down: 0, mid: 0, up: 0, up.0.1: 1} leaves one attention (InstantStyle, arXiv:2404.02733, on SDXL).
-        spec: of the UNet; a layer's place is `CrossAttn.name`, stage i's is down.i.
+        spec: of the UNet; a layer's place is `CrossAttn.name`, that of a map at resolution i down.i wherever it enters,
+            and of the bottleneck mid.
 
     Raises: ConfigError as `check_blocks`, or if the control has neither.
     """
@@ -107,7 +108,11 @@ def weigh_blocks(control: Control, blocks: Mapping[str, float] | None, spec: UNe
         dataclasses.replace(e, v=tuple(w * v for w, v in zip(layers, e.v, strict=True))) for e in control.attn
     )
     stages, downs = (tuple(weight(f"down.{i}") * x for i, x in enumerate(xs)) for xs in (control.stages, control.downs))
-    return dataclasses.replace(control, attn=attn, stages=stages, downs=downs)
+    levels = {tap.stride: i for i, tap in enumerate(spec.stages)}
+    taps = spec.skips if control.skips else ()
+    skips = tuple(weight(f"down.{levels[tap.stride]}") * x for tap, x in zip(taps, control.skips, strict=True))
+    mid = None if control.mid is None else weight("mid") * control.mid
+    return dataclasses.replace(control, attn=attn, stages=stages, downs=downs, skips=skips, mid=mid)
 
 
 def check_blocks(blocks: Mapping[str, float], spec: UNetSpec) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ldm.control import KV, Control, ExtraKV
 from ldm.models.blocks import init_zero
 
-UNFUSED_KEYS = 1024  # up to here unfused attention is faster in bf16 on CPUs; measured in docs/emoji.md
+UNFUSED_KEYS = 1024  # up to here two products on the bf16 units beat the fused kernel on CPUs; beyond, it wins
 _UNREAD = torch.zeros(1, dtype=torch.bfloat16)  # baddbmm's first argument, which beta 0 leaves out
 Source = tuple[Tensor, Tensor, float | Tensor]  # keys b n inner, values b n inner, scale (or b 1 queries 1)
 

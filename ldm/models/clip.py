@@ -76,6 +76,19 @@ class ViTConfig:
             raise ConfigError(f"vit.width is {self.width}, must be a multiple of vit.heads={self.heads}")
 
 
+def tokens_of(net: Any, x: Tensor, block: int) -> Tensor:
+    """Output of one block of an open_clip VisionTransformer, without LayerNorm, class token first: b 1+n d."""
+    out = net.forward_intermediates(
+        x,
+        indices=[block],
+        stop_early=True,
+        intermediates_only=True,
+        output_fmt="NLC",
+        output_extra_tokens=True,
+    )
+    return torch.cat([out["image_intermediates_prefix"][0], out["image_intermediates"][0]], dim=1)
+
+
 @register("image", "vit", options=ViTConfig)
 class ViT(ImageTower):
     """open_clip's vision transformer without its projection. Dosovitskiy et al. 2021 (arXiv:2010.11929)."""
@@ -104,16 +117,7 @@ class ViT(ImageTower):
 
     def tokens(self, x: Tensor) -> Tensor:
         """Penultimate block's output without LayerNorm, class token first: b 1+n d, as IP-Adapter Plus reads it."""
-        indices = [max(self.config.layers - 2, 0)]
-        out = self.net.forward_intermediates(
-            self._sized(x),
-            indices=indices,
-            stop_early=True,
-            intermediates_only=True,
-            output_fmt="NLC",
-            output_extra_tokens=True,
-        )
-        return torch.cat([out["image_intermediates_prefix"][0], out["image_intermediates"][0]], dim=1)
+        return tokens_of(self.net, self._sized(x), max(self.config.layers - 2, 0))
 
     def _sized(self, x: Tensor) -> Tensor:
         if x.shape[2:] != (self.config.image_size, self.config.image_size):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ldm.models.clip import ImageTower
+from ldm.models.clip import ImageTower, tokens_of
 from ldm.registry import ConfigError, register
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, in [0, 1]
@@ -87,15 +87,7 @@ class OpenCLIPTower(ImageTower):
 
     def tokens(self, x: Tensor) -> Tensor:
         """Output of the last block but one without LayerNorm, class token first: b 1+n width."""
-        out = self.net.forward_intermediates(
-            self._normalised(x),
-            indices=[self.config.layers - 2],
-            stop_early=True,
-            intermediates_only=True,
-            output_fmt="NLC",
-            output_extra_tokens=True,
-        )
-        return torch.cat([out["image_intermediates_prefix"][0], out["image_intermediates"][0]], dim=1)
+        return tokens_of(self.net, self._normalised(x), self.config.layers - 2)
 
     def _normalised(self, x: Tensor) -> Tensor:
         side = self.config.image_size

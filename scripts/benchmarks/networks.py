@@ -138,20 +138,23 @@ def our_vae(scale: Scale, device: torch.device, theirs: nn.Module | None) -> VAE
     return _filled(vae, diffusers_vae(scale.vae), theirs) if theirs else randomise(vae)
 
 
+def text_words(config: TextConfig) -> dict[str, Any]:
+    """The shape of a text tower in the words of transformers' CLIPTextConfig."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": 4 * config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "max_position_embeddings": config.context_length,
+        "hidden_act": config.activation,
+    }
+
+
 def their_text(scale: Scale, device: torch.device) -> nn.Module:
     """A transformers CLIPTextModel."""
-    config = scale.text
-    words = transformers.CLIPTextConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.width,
-        intermediate_size=4 * config.width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        max_position_embeddings=config.context_length,
-        hidden_act=config.activation,
-        eos_token_id=config.vocab_size - 1,
-        bos_token_id=config.vocab_size - 2,
-    )
+    last = scale.text.vocab_size - 1
+    words = transformers.CLIPTextConfig(**text_words(scale.text), eos_token_id=last, bos_token_id=last - 1)
     return randomise(transformers.CLIPTextModel(words)).to(device)  # pyright: ignore[reportArgumentType]
 
 

@@ -12,6 +12,7 @@ from ldm.models.text import TextConfig, TextEncoder
 
 transformers = pytest.importorskip("transformers")
 embeddings = pytest.importorskip("diffusers.models.embeddings")
+text_words = pytest.importorskip("scripts.benchmarks.networks").text_words
 
 TOWER: dict[str, Any] = {"layers": 4, "heads": 4, "merges": 200, "context_length": 16}
 CLIP = {**TOWER, "width": 24}
@@ -24,14 +25,8 @@ def reference(config: TextConfig) -> torch.nn.Module:
     kind = transformers.CLIPTextModelWithProjection if config.projection else transformers.CLIPTextModel
     model = kind(
         transformers.CLIPTextConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.width,
-            intermediate_size=4 * config.width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            max_position_embeddings=config.context_length,
+            **text_words(config),
             projection_dim=config.projection or 1,
-            hidden_act=config.activation,
             eos_token_id=2,
             bos_token_id=0,
         )

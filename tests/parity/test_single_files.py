@@ -20,6 +20,7 @@ from tests.parity.test_controlnet_diffusers import FULL, HINT_WIDTHS, SMALL, sha
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 single = pytest.importorskip("diffusers.loaders.single_file_utils")
+text_words = pytest.importorskip("scripts.benchmarks.networks").text_words
 
 State = dict[str, Tensor]
 VAE_SMALL = VAEConfig(channels=(8, 16, 16), blocks=1, groups=4)
@@ -47,12 +48,7 @@ def reference_vae(config: VAEConfig) -> nn.Module:
 
 def reference_text(config: TextConfig, projection: int = 0) -> nn.Module:
     options = transformers.CLIPTextConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.width,
-        intermediate_size=4 * config.width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        max_position_embeddings=config.context_length,
+        **text_words(config),
         projection_dim=projection or 16,
     )
     return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(options)

@@ -12,6 +12,7 @@ from ldm.models.clip import CLIP, CLIPConfig
 from ldm.models.text import TextConfig, TextEncoder, Tokenizer
 
 transformers = pytest.importorskip("transformers")
+text_words = pytest.importorskip("scripts.benchmarks.networks").text_words
 
 SMALL: dict[str, Any] = {"width": 32, "layers": 3, "heads": 4, "merges": 200, "context_length": 20}
 PROMPTS = ["a cat", "", "a flat emoji of a red apple", "a b c d e f g h i j k l m n o p q r s t u v"]
@@ -20,13 +21,7 @@ PROMPTS = ["a cat", "", "a flat emoji of a red apple", "a b c d e f g h i j k l 
 def reference(config: TextConfig) -> torch.nn.Module:
     model = transformers.CLIPTextModel(
         transformers.CLIPTextConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.width,
-            intermediate_size=4 * config.width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            max_position_embeddings=config.context_length,
-            hidden_act=config.activation,
+            **text_words(config),
             eos_token_id=config.vocab_size - 1,
             bos_token_id=config.vocab_size - 2,
         )

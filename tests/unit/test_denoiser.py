@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.control import Adapter, Control, ExtraKV
-from ldm.denoiser import AdapterUse, Denoiser, weigh_skips
+from ldm.denoiser import AdapterUse, Denoiser, weigh_blocks, weigh_skips
 from ldm.models.unet import UNetSpec
 from ldm.registry import ConfigError
 from tests.small import SD1, latents, random_control, trained_unet
@@ -195,3 +195,14 @@ def test_half_a_control_at_twice_equals_the_whole() -> None:
     control = dataclasses.replace(control, stages=())
     halves = control.scaled(0.5) + control.scaled(0.5)
     assert torch.equal(unet(x_t, t, base + halves), unet(x_t, t, base + control))
+
+
+def test_blocks_weigh_a_resolution_wherever_it_enters() -> None:
+    unet = trained_unet(SD1)
+    x_t, _, _ = latents(SD1)
+    control = random_control(unet.spec, *x_t.shape[-2:])
+    weighed = weigh_blocks(control, {"down.0": 0.0, "mid": 0.5}, unet.spec)
+    assert weighed.mid is not None and control.mid is not None and torch.equal(weighed.mid, 0.5 * control.mid)
+    for tap, before, after in zip(unet.spec.skips, control.skips, weighed.skips, strict=True):
+        assert torch.equal(after, torch.zeros_like(before) if tap.stride == 1 else before)
+    assert not weighed.stages[0].any() and torch.equal(weighed.stages[1], control.stages[1])
