@@ -45,8 +45,8 @@ demo: setup ## train VAE, CLIP, LDM and ControlNet on procedural data, then draw
 	@$(PY) scripts/sample.py --config configs/sample/tiny/controlnet.yaml out.dir=outputs/demo
 	@echo 'the picture: outputs/demo/grid.png   the runs: runs/tiny/'
 
-test: setup ## fast tests on the CPU, without network (ARGS=... is passed to pytest)
-	$(PY) -m pytest $(ARGS)
+test: setup ## fast tests on the CPU, without network, two at a time (ARGS=... is passed to pytest)
+	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-all: setup ## the slow tests too, and the GPU ones where there is a GPU
 	$(PY) -m pytest -m 'not network' $(ARGS)
