@@ -159,6 +159,11 @@ class IPAdapter(Adapter[Control]):
             for layer, source in zip(own, theirs, strict=True):
                 layer.weight.copy_(source.weight)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
+    @property
+    def heard(self) -> tuple[nn.Module, ...]:
+        """The image tower."""
+        return (self.image.encoder.tower,)
+
     def encode(self, hint: Tensor) -> Tensor:
         """Reference images b m 3 h w in [0, 1], m for each picture -> their features b m n d."""
         return self.image.encoder(hint)
@@ -193,6 +198,11 @@ class SimpleIPAdapter(Adapter[Control]):
         """Args: see IPAdapter."""
         super().__init__()
         self.image = ImagePrompt(options, unet.spec.context_dim, tower)
+
+    @property
+    def heard(self) -> tuple[nn.Module, ...]:
+        """The image tower."""
+        return (self.image.encoder.tower,)
 
     def encode(self, hint: Tensor) -> Tensor:
         """See IPAdapter."""

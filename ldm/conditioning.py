@@ -16,8 +16,10 @@ from ldm.control import Control
 from ldm.models.text import Text, TextEncoder, Tokenizer
 from ldm.prompt_weights import parse
 from ldm.registry import ConfigError, suggest
+from ldm.transfer import send
 
 LONG: Final = ("cut", "chunks")
+MOST: Final = 16  # chunks of a row
 MEAN: Final = 1e-4  # means below this share of the tokens' root mean square are taken for zero
 
 
@@ -90,7 +92,7 @@ def condition(
     Returns: Control with `context` b n d, and `vector` b v if the model has one, of the first chunk's pooled text.
 
     Raises:
-        ConfigError: as `TextUse.check`.
+        ConfigError: as `TextUse.check`, or if chunk counts in a batch have no small common multiple.
     """
     use.check(text)
     if text is None:
@@ -98,9 +100,14 @@ def condition(
     rows = _rows(text.towers[0].tokenizer, prompts, prompts if beside is None else beside, use)
     different = {chunk: i for i, chunk in enumerate(dict.fromkeys(chunk for row in rows for chunk in row))}
     tokens, pooled = _encode(text, list(different), use)
-    index = torch.tensor([[different[chunk] for chunk in row] for row in rows], device=tokens.device)  # b k
+    index = send(torch.tensor([[different[chunk] for chunk in row] for row in rows]), tokens.device)  # b k
     context = rearrange(tokens[index], "b k n d -> b (k n) d")
-    return Control(context=context, vector=text.vector(None if pooled is None else pooled[index[:, 0]], size))
+    pooled = None if pooled is None else pooled[index[:, 0]]  # b p
+    if text.zero_empty and "" in prompts:
+        said = send(torch.tensor([float(prompt != "") for prompt in prompts]), tokens.device).to(tokens.dtype)  # b
+        context = context * said[:, None, None]
+        pooled = None if pooled is None else pooled * said[:, None]
+    return Control(context=context, vector=text.vector(pooled, size))
 
 
 def count_cut(text: Text, prompt: str, use: TextUse = DEFAULT) -> int:
@@ -129,7 +136,12 @@ def _rows(tokenizer: Tokenizer, prompts: Sequence[str], beside: Sequence[str], u
     for prompt, other in zip(prompts, beside, strict=True):
         row = chunks(prompt)
         rows.append(row + [_Chunk()] * (len(chunks(other)) - len(row)))
-    n = math.lcm(*map(len, rows))
+    if (n := math.lcm(*map(len, rows))) > max(MOST, *map(len, rows)):
+        lengths = ", ".join(map(str, sorted({*map(len, rows)})))
+        raise ConfigError(
+            f"prompts of {lengths} chunks share a batch, which takes {n} chunks each; allowed: {MOST}; "
+            "set sample.batch=1, or sort prompts by length"
+        )
     return [row * (n // len(row)) for row in rows]
 
 
@@ -143,11 +155,11 @@ def _encode(text: Text, chunks: Sequence[_Chunk], use: TextUse) -> tuple[Tensor,
 def _read(tower: TextEncoder, chunks: Sequence[_Chunk], use: TextUse) -> tuple[Tensor, Tensor | None]:
     device, n = tower.token_embedding.weight.device, tower.config.context_length
     ids = tower.tokenizer.rows([chunk.words for chunk in chunks])
-    tokens, pooled = tower.outputs(ids.to(device), use.clip_skip)
+    tokens, pooled = tower.outputs(send(ids, device), use.clip_skip)
     if not use.weights:
         return tokens, pooled
     rows = [(1.0, *chunk.weights, *[1.0] * (n - 1 - len(chunk.weights))) for chunk in chunks]
-    return _weighted(tokens, torch.tensor(rows, device=device)), pooled
+    return _weighted(tokens, send(torch.tensor(rows), device)), pooled
 
 
 def _weighted(tokens: Tensor, weights: Tensor) -> Tensor:

@@ -206,6 +206,11 @@ class Adapter(nn.Module, ABC, Generic[P]):
     image_prompt: ClassVar[bool] = False
     weighable: ClassVar[bool] = True  # False: it speaks through context, which no scale, block or mask reaches
 
+    @property
+    def heard(self) -> tuple[nn.Module, ...]:
+        """Frozen networks that `encode` runs, which the adapter does not own: they are no part of its state."""
+        return ()
+
     def encode(self, hint: Tensor) -> Tensor:
         """The hint as people give it -> as `prepare` takes it: what a frozen network makes of it, once per image.
 

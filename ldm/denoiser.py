@@ -153,6 +153,12 @@ class Denoiser(nn.Module):
         prepared = self.prepare(hints)
         return self.unet(x_t, t, base + self.control(x_t, t, base, prepared))
 
+    @property
+    def heard(self) -> dict[str, nn.Module]:
+        """Adapter name -> the networks that it hears but does not own, of those that hear any; see `Adapter.heard`."""
+        every = {name: self.adapter(name).heard for name in self.adapters}
+        return {name: nn.ModuleList(heard) for name, heard in every.items() if heard}
+
     def prepare(self, hints: Mapping[str, Tensor]) -> dict[str, Any]:
         """Once per image: adapter name -> what it needs at every step. Raises: ConfigError on an unknown name."""
         self._check_names(hints)

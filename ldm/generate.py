@@ -117,7 +117,8 @@ def images(models: Models, request: Request, sampler: Sampler, *, on_step: OnSte
 
     predict = guided(pair, to_prediction, request.guidance, lambda _: pair.step / pair.steps)
     latent = sampler.sample(predict, start.x, noise, on_step=after, start=start.index)
-    pictures = models.vae.from_latent(latent, request.tile, one_by_one=request.sliced)
+    with torch.autocast(latent.device.type, enabled=False):  # of a training: in its fp16 SDXL's VAE would overflow
+        pictures = models.vae.from_latent(latent, request.tile, one_by_one=request.sliced)
     return pictures.float().add(1).div(2).clamp(0, 1)
 
 

@@ -111,6 +111,7 @@ class FolderData(ImageData):
         self._checked: set[Path] = set()  # references whose headers are sound
         self.bad: dict[Path, str] = {}
         self._entries = [entry for entry in entries if self._readable(entry)]
+        self._references = {entry.key: entry.references for entry in self._entries}
         if not self._entries:
             raise DataError(
                 f"none of the {self._total} images in {options.root} can be read; run prepare_data.py check"
@@ -125,12 +126,18 @@ class FolderData(ImageData):
             raise IndexError(f"index is {index}; the set has {len(self)} samples")
         for step in range(len(self)):
             position = (index + step) % len(self)
-            if pixels := self._pixels(position):
-                return self._sample(self._entries[position], pixels, generator)
+            if (pixels := self._pixels(position)) and (sample := self._sample(position, pixels, generator)):
+                return sample
         raise DataError(f"none of the {self._total} images in {self.options.root} can be decoded")
 
-    def _sample(self, entry: _Entry, pixels: _Pixels, generator: torch.Generator | None) -> Sample:
-        o = self.options
+    def _sample(self, index: int, pixels: _Pixels, generator: torch.Generator | None) -> Sample | None:
+        """None, and the entry is skipped from then on, if the image prompt it would get is damaged."""
+        o, entry = self.options, self._entries[index]
+        try:
+            reference = self._prompt(entry, pixels, generator)
+        except DataError as error:
+            self._skip(entry, error)
+            return None
         height, width = pixels.image.shape[-2:]
         window = draw_window(height, width, o.size, crop=o.crop, flip=o.flip, generator=generator)
         image = window.cut(pixels.image)
@@ -140,7 +147,7 @@ class FolderData(ImageData):
             image=to_image(image),
             text=entry.text,
             hints={name: to_hint(window.cut(hint)) for name, hint in pixels.hints.items()} | made,
-            reference=self._prompt(entry, pixels, generator),
+            reference=reference,
         )
 
     def _prompt(self, entry: _Entry, pixels: _Pixels, generator: torch.Generator | None) -> Tensor | None:
@@ -151,9 +158,9 @@ class FolderData(ImageData):
             return to_image(_centred(pixels.image, self.options.size))
         return self.reference(str(path))
 
-    def references(self, index: int) -> tuple[str, ...]:
+    def references(self, key: str) -> tuple[str, ...]:
         """See ImageData.references: their paths."""
-        return tuple(str(path) for path in self._entries[index].references)
+        return tuple(str(path) for path in self._references[key])
 
     def reference(self, name: str) -> Tensor:
         """See ImageData.reference. Raises: DataError if it cannot be read."""

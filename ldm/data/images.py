@@ -94,9 +94,9 @@ class ImageData(Dataset[Sample], ABC):
     def __getitem__(self, index: int) -> Sample:
         return self.load(index)
 
-    def references(self, index: int) -> Sequence[str]:
-        """Names of the image prompts of which `load` gives sample `index` one; none where the set has none."""
-        del index
+    def references(self, key: str) -> Sequence[str]:
+        """Names of the image prompts of which `load` gives the sample of that key one; none where the set has none."""
+        del key
         return ()
 
     def reference(self, name: str) -> Tensor:

@@ -157,9 +157,9 @@ class SyntheticData(ImageData):
         )
 
 
-    def references(self, index: int) -> tuple[str, ...]:
+    def references(self, key: str) -> tuple[str, ...]:
         """See ImageData.references: the scene itself."""
-        return (str(index),) if self.options.reference else ()
+        return (key.rpartition("-")[2],) if self.options.reference else ()
 
     def reference(self, name: str) -> Tensor:
         """See ImageData.reference."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm.models.blocks import timestep_embedding
 from ldm.models.text import Text, TextConfig, TextEncoder
 from ldm.registry import ConfigError, checked, register
+from ldm.transfer import send
 
 SIZE_DIM = 256  # width of one embedded number (released configs)
 UNNORMED = {"layer": "penultimate", "final_norm": False}  # of every SDXL tower
@@ -27,11 +28,14 @@ class SDXLTextConfig:
         clip: options of the first tower (`TextConfig`) over those of CLIP ViT-L/14; null leaves it out (refiner).
         open_clip: options of the second tower over those of OpenCLIP ViT-bigG/14; the pooled text is this one's.
         aesthetic: a score that takes the place of the target size (refiner: 6.0); null tells the target size.
+        zero_empty: an empty prompt is zeros in place of the encoding of "", as SDXL base was trained to drop captions
+            and is sampled by the authors and diffusers (refiner: false).
     """
 
     clip: Mapping[str, Any] | None = field(default_factory=dict[str, Any])
     open_clip: Mapping[str, Any] = field(default_factory=dict[str, Any])
     aesthetic: float | None = None
+    zero_empty: bool = True
 
     @property
     def tower_configs(self) -> dict[str, TextConfig]:
@@ -69,6 +73,7 @@ class SDXLText(Text):
         super().__init__()
         towers = config.tower_configs
         self.config = config
+        self.zero_empty = config.zero_empty
         self.clip = TextEncoder(towers["clip"]) if "clip" in towers else None
         self.open_clip = TextEncoder(towers["open_clip"])
 
@@ -91,6 +96,6 @@ class SDXLText(Text):
         """
         assert pooled is not None  # the config asks for a projection
         last = size if self.config.aesthetic is None else (self.config.aesthetic,)
-        numbers = torch.tensor([*size, 0, 0, *last], dtype=torch.float32, device=pooled.device)
+        numbers = send(torch.tensor([*size, 0, 0, *last], dtype=torch.float32), pooled.device)
         embedded = timestep_embedding(numbers, SIZE_DIM).flatten().to(pooled.dtype)  # 256 n
         return torch.cat([pooled, embedded.expand(len(pooled), -1)], dim=1)

@@ -159,7 +159,13 @@ class CutWarning:
 
 
 class Text(nn.Module, ABC):
-    """A text kind: what `ldm.conditioning` turns prompts into a UNet's condition with."""
+    """A text kind: what `ldm.conditioning` turns prompts into a UNet's condition with.
+
+    Attributes:
+        zero_empty: an empty prompt is zeros, tokens and pooled, not the encoding of "".
+    """
+
+    zero_empty = False
 
     @property
     @abstractmethod

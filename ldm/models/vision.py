@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldm.models.clip import ImageTower, tokens_of
 from ldm.registry import ConfigError, register
+from ldm.transfer import send
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -95,5 +96,5 @@ class OpenCLIPTower(ImageTower):
             raise ValueError(
                 f"open_clip: image is {x.shape[2]}x{x.shape[3]} (h w), must be {side} on both sides; resize it"
             )
-        mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
+        mean, std = (send(torch.tensor(v, dtype=x.dtype), x.device).view(3, 1, 1) for v in (MEAN, STD))
         return (x / 2 + 0.5 - mean) / std

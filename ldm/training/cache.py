@@ -1,5 +1,6 @@
 """Inputs of diffusion training computed once: VAE posteriors and text conditions, kept in memory."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +12,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ldm.control import Control
+from ldm.data.errors import DataError
 from ldm.data.images import ImageData, choose, collate
-from ldm.models.vae import VAE
+from ldm.models.vae import Posterior
 
+log = logging.getLogger(__name__)
 ENCODE_BATCH = 64
+EncodeImages = Callable[[Tensor], Posterior]  # images b 3 h w in [-1, 1] -> posterior of the unscaled latent
 EncodePrompts = Callable[[Tensor], dict[str, Tensor]]  # references b 3 h w in [-1, 1] -> adapter -> features b 1 n d
 Encode = Callable[[Sequence[str], tuple[int, int]], Control]  # captions and (height, width) in pixels -> condition
 
@@ -65,7 +69,7 @@ class LatentData(Dataset[Any]):
     def __init__(
         self,
         data: ImageData,
-        vae: VAE,
+        encode_images: EncodeImages,
         encode: Encode,
         device: torch.device,
         encode_prompts: EncodePrompts | None = None,
@@ -79,7 +83,7 @@ class LatentData(Dataset[Any]):
         bases: list[Control] = []
         loader = DataLoader(data, batch_size=ENCODE_BATCH, collate_fn=collate)
         for batch in tqdm(loader, desc="encoding latents", mininterval=1.0):
-            posterior = vae.encode(batch.image.to(device))
+            posterior = encode_images(batch.image.to(device))
             means.append(posterior.mean.float().cpu())
             stds.append(posterior.std.float().cpu())
             fresh = [c for c in dict.fromkeys(batch.text) if c not in captions]
@@ -100,17 +104,17 @@ class LatentData(Dataset[Any]):
             self._encode_references(data, encode_prompts, device)
 
     def _encode_references(self, data: ImageData, encode: EncodePrompts, device: torch.device) -> None:
-        names = [data.references(i) for i in range(len(data))]
-        every = {name: i for i, name in enumerate(dict.fromkeys(name for some in names for name in some))}
-        self.references = [tuple(every[name] for name in some) for some in names]
+        wanted = list(dict.fromkeys(name for key in self.keys for name in data.references(key)))
+        rows: dict[str, int] = {}
         parts: dict[str, list[Tensor]] = {}
-        order = list(every)
-        for start in tqdm(range(0, len(order), ENCODE_BATCH), desc="encoding references", mininterval=1.0):
-            some = torch.stack([data.reference(name) for name in order[start : start + ENCODE_BATCH]])
-            features = encode(some.to(device))
-            for name, f in features.items():
-                parts.setdefault(name, []).append(f.half().cpu())
+        for start in tqdm(range(0, len(wanted), ENCODE_BATCH), desc="encoding references", mininterval=1.0):
+            if pictures := _read(data, wanted[start : start + ENCODE_BATCH]):
+                rows |= {name: len(rows) + i for i, name in enumerate(pictures)}
+                for name, f in encode(torch.stack(list(pictures.values())).to(device)).items():
+                    parts.setdefault(name, []).append(f.half().cpu())
         self.prompts = {name: torch.cat(f) for name, f in parts.items()}
+        # None is left empty: each sample could be read above, with a reference of its own.
+        self.references = [tuple(rows[name] for name in data.references(key) if name in rows) for key in self.keys]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -131,3 +135,14 @@ class LatentData(Dataset[Any]):
         hints = {name: h[i].float() / 255 for name, h in self.hints.items()}
         prompts = {name: f[j].float() for name, f in self.prompts.items()}
         return Latents([self.keys[r] for r in rows], self.mean[i], self.std[i], base, hints, prompts)
+
+
+def _read(data: ImageData, names: Sequence[str]) -> dict[str, Tensor]:
+    """References that can be read, 3 h w in [-1, 1]."""
+    found: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            found[name] = data.reference(name)
+        except DataError as error:
+            log.warning("left out of the references: %s", error)
+    return found

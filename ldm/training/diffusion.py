@@ -18,7 +18,7 @@ from ldm.data.images import Batch, ImageData
 from ldm.denoiser import AdapterUse, Denoiser
 from ldm.guidance import GuidanceConfig
 from ldm.models.text import CutWarning, Text
-from ldm.models.vae import VAE
+from ldm.models.vae import VAE, Posterior
 from ldm.registry import ConfigError, register, suggest
 from ldm.samplers import DDIM
 from ldm.schedule import Schedule
@@ -103,6 +103,11 @@ class DiffusionStage(Stage):
         """The denoiser: unet.* and adapters.*."""
         return self.denoiser
 
+    @property
+    def autocast(self) -> Sequence[nn.Module]:
+        """All but the VAE: see `_posterior`."""
+        return (self.denoiser, self.text, *self.denoiser.heard.values())
+
     def train(self, mode: bool = True) -> "DiffusionStage":
         """Frozen encoders stay in eval mode."""
         super().train(mode)
@@ -132,7 +137,7 @@ class DiffusionStage(Stage):
         if not self.options.cache:
             return data
         prompted = any(self.denoiser.adapter(name).image_prompt for name in self.uses)
-        return LatentData(data, self.vae, self.base, device, self._encoded if prompted else None)
+        return LatentData(data, self._posterior, self.base, device, self._encoded if prompted else None)
 
     def forward(self, batch: Batch | Latents, draws: Draws, player: str, step: int) -> Loss:
         """Weighted squared error at random timesteps. See Stage.forward."""
@@ -171,12 +176,17 @@ class DiffusionStage(Stage):
     def _encode(self, batch: Batch | Latents, draws: Draws) -> tuple[Tensor, Control]:
         """Scaled latent (a posterior sample, as Stable Diffusion trains) and condition of the captions."""
         if isinstance(batch, Latents):
-            noise = draws.normal("posterior", *batch.mean.shape[1:])
-            return self.vae.config.scale_factor * (batch.mean + batch.std * noise), batch.base
-        h, w = batch.image.shape[-2:]
-        latent = (self.vae.config.latent_channels, h // self.vae.factor, w // self.vae.factor)
-        noise = draws.normal("posterior", *latent)
-        return self.vae.to_latent(batch.image, noise), self.base(batch.text, (h, w))
+            mean, std, base = batch.mean, batch.std, batch.base
+        else:
+            posterior = self._posterior(batch.image)
+            mean, std = posterior.mean, posterior.std
+            base = self.base(batch.text, (batch.image.shape[-2], batch.image.shape[-1]))
+        return self.vae.config.scale_factor * (mean + std * draws.normal("posterior", *mean.shape[1:])), base
+
+    def _posterior(self, images: Tensor) -> Posterior:
+        """Of the unscaled latent, in float32 whatever autocast says: in fp16 SDXL's VAE overflows."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.vae.encode(images)
 
     def _dropped(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Which captions are dropped, b bool, and which hints of each adapter."""

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ldm.transfer import send
+
 SAMPLINGS = ("uniform", "cubic")  # of timesteps
 
 
@@ -55,6 +57,4 @@ class Draws:
 
     def _rows(self, purpose: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         rows = torch.stack([draw(generator(self.seed, purpose, p)) for p in self.positions])
-        if torch.device(self.device).type == "cuda":
-            rows = rows.pin_memory()  # from pageable memory the copy would wait for the device
-        return rows.to(self.device, non_blocking=True)
+        return send(rows, self.device)

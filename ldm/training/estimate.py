@@ -20,7 +20,7 @@ from ldm.registry import ConfigError
 from ldm.training import clip, diffusion, optim, stream, vae  # noqa: F401  (stages register on import)
 from ldm.training.draws import Draws
 from ldm.training.loop import PRECISIONS
-from ldm.training.stage import Stage, choose_trainable, networks
+from ldm.training.stage import Stage, choose_trainable, networks, store_frozen
 
 MIB = 2**20
 CAPTION = "a photo"  # text encoders pad, so every caption costs the same
@@ -30,7 +30,7 @@ CAPTION = "a photo"  # text encoders pad, so every caption costs the same
 class Memory:
     """Bytes on one device at the end of a forward pass, when most of them are held at once."""
 
-    weights: int  # float32, trained and frozen; buffers too
+    weights: int  # trained and frozen as the run stores them; buffers too
     gradients: int  # of the trained weights
     adamw_state: int  # two moments of the trained weights
     ema: int  # averaged copy of the trained weights
@@ -65,6 +65,7 @@ def meta_stage(config: RunConfig) -> Stage:
     with torch.device("meta"):
         stage = build.stage(config)
     choose_trainable(stage, config.train.trainable)
+    store_frozen(stage, PRECISIONS[config.train.precision])
     return stage
 
 
@@ -73,7 +74,7 @@ def estimate(config: RunConfig, stage: Stage) -> Memory:
     trained = _bytes(p for p in stage.parameters() if p.requires_grad)
     averaged = _bytes(p for p in stage.trained.parameters() if p.requires_grad)
     return Memory(
-        weights=_bytes([*stage.parameters(), *stage.buffers()]),
+        weights=sum(_bytes([*net.parameters(), *net.buffers()]) for net in networks(stage).values()),
         gradients=trained,
         adamw_state=2 * trained,
         ema=averaged if config.train.ema else 0,

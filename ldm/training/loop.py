@@ -24,7 +24,7 @@ from ldm.training.distributed import Rank, wrap
 from ldm.training.draws import Draws
 from ldm.training.ema import EMA
 from ldm.training.metrics import Metrics, describe_run, refuse_foreign
-from ldm.training.stage import Stage, choose_trainable, networks
+from ldm.training.stage import Stage, choose_trainable, networks, store_frozen
 from ldm.training.state import State
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,8 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
     folder = Path(config.run.dir)
     state = _start(config, stage, folder, rank)
     wrapped = wrap(stage, rank, partial=stage.partial)
-    source = stage.cached(data, rank.device)
+    with _autocast(config, rank):
+        source = stage.cached(data, rank.device)
     metrics = Metrics(folder, config.log, state.step) if rank.main else None
     bar = tqdm(total=config.train.steps, initial=state.step, desc=folder.name, disable=not rank.main, mininterval=1.0)
     clock = time.perf_counter()
@@ -79,6 +80,11 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
     return done
 
 
+def _autocast(config: RunConfig, rank: Rank) -> torch.autocast:
+    dtype = PRECISIONS[config.train.precision]
+    return torch.autocast(rank.device.type, dtype=dtype, enabled=dtype is not None)
+
+
 def _due(state: State, every: int, config: RunConfig) -> bool:
     """Whether something done every so many steps, and after the last one, is done now."""
     return state.step % every == 0 or state.step == config.train.steps
@@ -101,8 +107,7 @@ def _start(config: RunConfig, stage: Stage, run: Path, rank: Rank) -> State:
     log.info("%s", optim.table(nn.ModuleDict(networks(stage))))
     if folder is None and config.train.init_from:
         _init_from(stage, Path(config.train.init_from))
-    if (dtype := PRECISIONS[config.train.precision]) is not None:
-        optim.store_frozen(stage.trained, dtype, stage.exports().values())
+    store_frozen(stage, PRECISIONS[config.train.precision])
     parameters = {
         player: {name: p for name, p in module.named_parameters() if p.requires_grad}
         for player, module in stage.players.items()
@@ -152,7 +157,6 @@ def _step(
 ) -> dict[str, Tensor]:
     """One optimizer step of every player on one global batch. Returns scalars on the device; no host sync."""
     scalars: dict[str, Tensor] = {}
-    autocast = PRECISIONS[config.train.precision]
     n = len(micro_batches)
     if state.scaler.is_enabled():
         scalars["loss_scale"] = state.scaler.scale(torch.ones((), device=rank.device))  # pyright: ignore
@@ -167,7 +171,7 @@ def _step(
             draws = Draws(config.seed, positions, rank.device)
             sync = nullcontext() if final or rank.world == 1 else wrapped.no_sync()  # pyright: ignore
             with sync, _playing(state, player):
-                with torch.autocast(rank.device.type, dtype=autocast, enabled=autocast is not None):
+                with _autocast(config, rank):
                     loss = wrapped(batch, draws, player, state.step)
                 state.scaler.scale(loss.total / n).backward()
             _accumulate(scalars, {f"{prefix}loss": loss.total, **loss.parts}, n)
@@ -241,9 +245,8 @@ def _validate(
     """Figures and pictures of the EMA weights, by rank 0."""
     if metrics is not None:
         stage.eval()
-        autocast = PRECISIONS[config.train.precision]
         averaged = state.ema.swapped() if state.ema else nullcontext()
-        with averaged, torch.autocast(rank.device.type, dtype=autocast, enabled=autocast is not None):
+        with averaged, _autocast(config, rank):
             micro, _ = stream.split_batch(config.train, rank.world)  # what fits in memory
             batches = subset.held_out(held_out, config.validation.items, min(32, micro), rank.device)
             report = stage.validate(batches, config.validation.images, config.seed)

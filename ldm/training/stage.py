@@ -50,6 +50,11 @@ class Stage(nn.Module, ABC):
     def forward(self, batch: Batch, draws: Draws, player: str, step: int) -> Loss:
         """Mean loss of a micro-batch for one player at optimizer step `step` (0-based)."""
 
+    @property
+    def autocast(self) -> Sequence[nn.Module]:
+        """Modules that run under autocast and nowhere else: frozen weights in them may be kept in its type."""
+        return (self.trained,)
+
     def exports(self) -> Mapping[str, nn.Module]:
         """File stem -> module whose weights are shared."""
         return {"model": self.trained}
@@ -79,8 +84,21 @@ def choose_trainable(stage: Stage, patterns: Sequence[str]) -> None:
 
 
 def networks(stage: Stage) -> dict[str, nn.Module]:
-    """The stage's models by the names that configs give them: unet, adapters, vae, text, clip, ..."""
+    """The stage's models by the names that configs give them: unet, adapters, vae, text, clip, ...
+
+    What an adapter hears but does not own stands beside it, as encoder_NAME.
+    """
     found: dict[str, nn.Module] = {}
     for name, child in stage.named_children():
-        found |= dict(child.named_children()) if isinstance(child, Denoiser) else {name: child}
+        if isinstance(child, Denoiser):
+            found |= dict(child.named_children()) | {f"encoder_{name}": heard for name, heard in child.heard.items()}
+        else:
+            found[name] = child
     return found
+
+
+def store_frozen(stage: Stage, dtype: torch.dtype | None) -> None:
+    """Keep frozen weights in autocast's type (None: there is no autocast), see `optim.store_frozen`."""
+    if dtype is not None:
+        for module in stage.autocast:
+            optim.store_frozen(module, dtype, stage.exports().values())

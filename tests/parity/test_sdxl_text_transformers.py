@@ -43,7 +43,7 @@ def load(tower: TextEncoder, theirs: torch.nn.Module) -> None:
 
 @pytest.fixture
 def pair() -> tuple[SDXLText, list[torch.nn.Module]]:
-    ours = SDXLText(SDXLTextConfig(clip=CLIP, open_clip=OPEN_CLIP)).eval()
+    ours = SDXLText(SDXLTextConfig(clip=CLIP, open_clip=OPEN_CLIP, zero_empty=False)).eval()  # as with words
     theirs = [reference(tower.config) for tower in ours.towers]
     for tower, model in zip(ours.towers, theirs, strict=True):
         load(tower, model)

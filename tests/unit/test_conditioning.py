@@ -153,3 +153,20 @@ def test_options_that_the_model_cannot_follow_are_refused() -> None:
     with pytest.raises(ConfigError, match="the model has no text encoder to use it"):
         condition(None, ["a"], SIZE, CHUNKS)
     assert condition(None, ["a"], SIZE) == Control()
+
+
+def test_an_empty_prompt_is_zeros_for_sdxl_and_its_encoding_elsewhere() -> None:
+    text = lively(sdxl())
+    control = condition(text, ["a cat", ""], SIZE)
+    tokens, vector = tensors(control)
+    pooled = text.open_clip.config.projection
+    assert not tokens[1].any() and tokens[0].any()
+    assert vector is not None and not vector[1, :pooled].any() and torch.equal(vector[1, pooled:], vector[0, pooled:])
+    assert tensors(condition(lively(sd1()), ["a cat", ""], SIZE))[0][1].any()
+
+
+def test_chunk_counts_without_a_small_common_multiple_are_refused() -> None:
+    words = " ".join(["cat"] * 6)
+    prompts = [" ".join([words] * n) for n in range(1, 12)]
+    with pytest.raises(ConfigError, match=r"set sample.batch=1"):
+        condition(sd1(), prompts, SIZE, TextUse(long="chunks"))

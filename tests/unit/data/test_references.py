@@ -8,8 +8,11 @@ import torch
 from PIL import Image
 
 import ldm.data  # noqa: F401  registers the readers
+from ldm.control import Control
 from ldm.data import DataError
+from ldm.models.vae import Posterior
 from ldm.registry import ConfigError, build
+from ldm.training.cache import LatentData
 
 from .conftest import write_rows
 
@@ -34,7 +37,8 @@ def folder(root: Path, **options: Any) -> Any:
 
 def names(data: Any) -> dict[str, set[str]]:
     """Image -> its possible references."""
-    return {data[i].key: {Path(name).name for name in data.references(i)} for i in range(len(data))}
+    keys = [data[i].key for i in range(len(data))]
+    return {key: {Path(name).name for name in data.references(key)} for key in keys}
 
 
 def test_reference_is_another_style_of_the_same_concept_and_split(tmp_path: Path) -> None:
@@ -75,7 +79,7 @@ def test_reference_is_drawn_with_the_samples_own_generator(tmp_path: Path, memor
     drawn = [grey(3, seed) for seed in range(12)]
     assert len(set(drawn)) == 3 and drawn == [grey(3, seed) for seed in range(12)]
     assert len({grey(3, None) for _ in range(3)}) == 1  # without one it is always the same
-    assert set(drawn) == {float(data.reference(name).mean()) for name in data.references(3)}
+    assert set(drawn) == {float(data.reference(name).mean()) for name in data.references(data[3].key)}
 
 
 @pytest.mark.parametrize(
@@ -94,3 +98,36 @@ def test_reference_that_leads_nowhere_is_refused(tmp_path: Path, reference: dict
 def test_unknown_key_of_a_reference_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.reference: unknown keys \['smae'\], missing keys \['same'\]"):
         folder(made(tmp_path), reference={"smae": "concept"})
+
+
+def test_a_damaged_reference_skips_its_sample(tmp_path: Path) -> None:
+    root = made(tmp_path)
+    only = {"same": "concept", "where": {"style": "noto"}}
+    data = folder(root, where={"split": ["train", "heldout_pair"], "style": "flat"}, reference=only, max_bad=0.5)
+    damage(root / "noto1.png")
+    assert data.load(1, torch.Generator()).key == "flat0.png" and data.load(1).key == "flat0.png"
+    assert list(data.bad) == [root / "flat1.png"] and "noto1.png cannot be decoded" in data.bad[root / "flat1.png"]
+
+
+def test_the_cache_pairs_by_sample_and_leaves_damaged_references_out(tmp_path: Path) -> None:
+    root = made(tmp_path)
+    data = folder(root, where={"split": "train"}, reference={"same": "concept"}, max_bad=0.5)
+    damage(root / "flat0.png")  # sample 0: sample 1 takes its place, and lacks its only reference
+    cached = LatentData(
+        data,
+        lambda x: Posterior(x[:, :, :1, :1], x[:, :, :1, :1]),
+        lambda captions, size: Control(context=torch.zeros(len(captions), 1, 1)),
+        torch.device("cpu"),
+        lambda x: {"prompt": x.mean(dim=(1, 2, 3)).view(-1, 1, 1, 1)},
+    )
+    grey = {name: data.reference(str(root / name)).mean().item() for name in ("flat1.png", "noto1.png", "twemoji1.png")}
+    assert set(cached.keys) == set(grey)
+    for i, key in enumerate(cached.keys):
+        drawn = {cached.load(i, torch.Generator().manual_seed(seed)) for seed in range(8)}
+        found = cached.collate(list(drawn)).prompts["prompt"].flatten().tolist()
+        assert sorted(found) == pytest.approx(sorted(v for name, v in grey.items() if name != key), abs=1e-3)
+
+
+def damage(file: Path) -> None:
+    """Cut a picture off behind its header."""
+    file.write_bytes(file.read_bytes()[:50])

@@ -14,7 +14,8 @@ from ldm.data.images import Batch
 from ldm.registry import ConfigError
 from ldm.training import estimate, optim
 from ldm.training.draws import Draws
-from ldm.training.stage import Loss, Report, Stage, choose_trainable, networks
+from ldm.training.loop import PRECISIONS
+from ldm.training.stage import Loss, Report, Stage, choose_trainable, networks, store_frozen
 from scripts import train
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -32,6 +33,7 @@ def tiny(name: str, *overrides: str) -> RunConfig:
 def real_stage(cfg: RunConfig) -> Stage:
     stage = build.stage(cfg)
     choose_trainable(stage, cfg.train.trainable)
+    store_frozen(stage, PRECISIONS[cfg.train.precision])
     return stage.to(memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
 
 
@@ -133,10 +135,28 @@ def test_memory_is_the_sum_of_its_parts() -> None:
     memory = estimate.estimate(cfg, stage)
     assert all(p.is_meta for p in stage.parameters())  # the caller's stage is left as it was
     trained = FLOAT * sum(p.numel() for p in stage.denoiser.adapters.parameters())  # pyright: ignore
-    buffers = FLOAT * sum(b.numel() for b in stage.buffers())
-    assert memory.weights == FLOAT * sum(p.numel() for p in stage.parameters()) + buffers
+    held = sum(t.numel() * t.element_size() for t in [*stage.parameters(), *stage.buffers()])
+    assert memory.weights == held
     assert (memory.gradients, memory.adamw_state, memory.ema) == (trained, 2 * trained, trained)
     assert memory.total == memory.weights + 4 * trained + memory.activations
+
+
+def test_frozen_weights_are_stored_in_the_runs_precision_but_not_the_vae() -> None:
+    nets = networks(estimate.meta_stage(tiny("controlnet", "train.precision=bf16")))
+    types = {name: {p.dtype for p in net.parameters()} for name, net in nets.items()}
+    full, half = torch.float32, torch.bfloat16  # norms and embeddings stay as they are
+    assert types == {"unet": {full, half}, "adapters": {full}, "vae": {full}, "text": {full, half}}
+
+
+def test_an_image_prompts_tower_is_counted_and_named() -> None:
+    path = "train.precision=fp32", "model.vae.weights=null", "model.text.weights=null", "model.unet.weights=null"
+    cfg = config.load(TINY / "ip_adapter.yaml", [*path, "train.batch=2"])
+    stage = estimate.meta_stage(cfg)
+    tower = sum(p.numel() for p in stage.denoiser.adapter("prompt").heard[0].parameters())  # pyright: ignore
+    own = sum(t.numel() for t in [*stage.parameters(), *stage.buffers()])
+    assert tower > 0 and estimate.estimate(cfg, stage).weights == FLOAT * (own + tower)
+    rows = dict(line.split(maxsplit=1) for line in optim.table(nn.ModuleDict(networks(stage))).splitlines())
+    assert rows["encoder_prompt"].split() == ["0", f"{tower:,}"]
 
 
 def test_averaged_weights_take_no_memory_when_they_are_off() -> None:
