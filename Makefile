@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-# The order of the main job: each stage reads the run folder of the ones before it.
+# `make smoke` trains these in order: each reads the run folders of those before it.
 STAGES := vae clip ldm controlnet
 TINY := configs/train/tiny
 
@@ -36,14 +36,17 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[data,test]'
 	@touch $@
 
-demo: setup ## train VAE, CLIP, LDM and ControlNet on procedural data, then draw a picture (about three minutes)
-	@for stage in $(STAGES); do \
-		echo "== training $$stage"; \
-		$(PY) scripts/train.py --config $(TINY)/$$stage.yaml || exit 1; \
-	done
-	@echo '== sampling'
-	@$(PY) scripts/sample.py --config configs/sample/tiny/controlnet.yaml out.dir=outputs/demo
-	@echo 'the picture: outputs/demo/grid.png   the runs: runs/tiny/'
+demo: setup ## draw with the models that ship, train a small ControlNet, measure it, draw with it (under three minutes)
+	@echo '== 1 of 4: emoji that follow line art, drawn by the models in checkpoints/emoji'
+	@$(PY) scripts/sample.py --config configs/sample/emoji/controlnet.yaml out.dir=outputs/demo/emoji
+	@echo '== 2 of 4: train a ControlNet on procedural scenes, about a minute'
+	@$(PY) scripts/train.py --config $(TINY)/controlnet.yaml
+	@echo '== 3 of 4: does it obey? edges of its pictures against the hint, F1'
+	@$(PY) scripts/evaluate.py --config $(TINY)/controlnet.yaml
+	@echo '== 4 of 4: draw with it'
+	@$(PY) scripts/sample.py --config configs/sample/tiny/controlnet.yaml out.dir=outputs/demo/tiny
+	@echo 'pictures: outputs/demo/emoji/grid.png outputs/demo/tiny/grid.png runs/tiny/controlnet/eval/grid.png'
+	@echo 'next: README.md, "Data on emoji: the whole road"; or another prompt: python scripts/sample.py sample.prompts="a flat emoji of a red heart"'
 
 test: setup ## fast tests on the CPU, without network, two at a time (ARGS=... is passed to pytest)
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
