@@ -45,6 +45,8 @@ class ControlNetOptions:
         init: "copy" starts the trunk from the UNet's weights, "random" from scratch.
         zero_conv: "zero", or "gaussian" for the paper's ablation.
         middle_only: only the bottleneck residual.
+        in_channels: channels of x_t that the trunk reads, the first ones; null is all. 4 puts a published ControlNet on
+            an inpainting UNet, whose x_t goes on with the mask and the masked picture.
     """
 
     hint_channels: int = 3
@@ -52,6 +54,7 @@ class ControlNetOptions:
     init: str = "copy"
     zero_conv: str = "zero"
     middle_only: bool = False
+    in_channels: int | None = None
 
     def __post_init__(self) -> None:
         _check_hint("controlnet", self.hint_channels, self.hint_widths)
@@ -96,6 +99,12 @@ def _zero_convs(channels: list[int], init: Callable[..., None]) -> nn.ModuleList
     return convs
 
 
+def _narrow(conv: nn.Conv2d, n: int) -> None:
+    """Make a convolution read the first n of its channels, with the weights that it had for them."""
+    if conv.in_channels != n:
+        conv.in_channels, conv.weight = n, nn.Parameter(conv.weight.detach()[:, :n].clone())
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """The same at every step: features of the hint, b c h w at latent size, and `Control.kv` of the copy."""
@@ -116,8 +125,15 @@ class ControlNet(Adapter[Prepared]):
     def __init__(self, options: ControlNetOptions, *, unet: UNet) -> None:
         super().__init__()
         spec, init = unet.spec, INITS[options.zero_conv]
-        copied = options.init == "copy"
-        self.encoder: UNetEncoder = copy.deepcopy(unet.encoder) if copied else UNet(unet.config).encoder
+        n = spec.in_channels if options.in_channels is None else options.in_channels
+        if not 1 <= n <= spec.in_channels:
+            raise ConfigError(f"controlnet.in_channels is {n}; allowed: 1..{spec.in_channels}, or null for all of x_t")
+        self.encoder: UNetEncoder = (
+            copy.deepcopy(unet.encoder)
+            if options.init == "copy"
+            else UNet(dataclasses.replace(unet.config, in_channels=n)).encoder
+        )
+        _narrow(self.encoder.conv_in, n)
         self.encoder.requires_grad_(True)
         self.hint = HintEncoder(options.hint_channels, options.hint_widths, spec.skips[0].channels, init)
         self.zero_convs = _zero_convs([] if options.middle_only else [tap.channels for tap in spec.skips], init)
@@ -134,7 +150,7 @@ class ControlNet(Adapter[Prepared]):
     def control(self, x_t: Tensor, t: Tensor, base: Control, prepared: Prepared) -> Control:
         """One pass of the copy, on the UNet's own x_t, t and text. Raises: ValueError if the hint's size differs."""
         check_size(prepared.features, x_t, 1, self.hint.factor)
-        x_t = x_t[:, : self.encoder.conv_in.in_channels]  # inpainting UNets append mask channels that it never saw
+        x_t = x_t[:, : self.encoder.conv_in.in_channels]
         base = dataclasses.replace(base, kv=prepared.kv)
         enc = self.encoder.encode(self.encoder.conv_in(x_t) + prepared.features, t, base)
         skips = tuple(conv(skip) for conv, skip in zip(self.zero_convs, enc.skips, strict=False))

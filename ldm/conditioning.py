@@ -55,6 +55,11 @@ class TextUse:
         layers = min(tower.config.layers for tower in text.towers)
         if self.clip_skip is not None and self.clip_skip > layers:
             raise ConfigError(f"clip_skip is {self.clip_skip}; allowed for this text encoder: 1..{layers}, or null")
+        if self.clip_skip == 1 and not all(tower.whole for tower in text.towers):
+            raise ConfigError(
+                "clip_skip is 1, but the text encoder's weights have no last block (diffusers leaves out SD2.x's); "
+                f"allowed: 2..{layers} or null; name weights with all {layers} blocks for 1"
+            )
 
 
 DEFAULT: Final = TextUse()

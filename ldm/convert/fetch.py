@@ -141,10 +141,12 @@ def _local(host: str) -> bool:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects (publishers send on to storage) to allowed addresses only."""
+    """Follows redirects (publishers send on to storage) to allowed addresses only, and never from https to http."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         _check_address(newurl)
+        if urlsplit(req.full_url).scheme == "https" != urlsplit(newurl).scheme:
+            raise ConfigError(f"{req.full_url} sends on to {newurl}, must stay https; download it in a browser")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

@@ -5,14 +5,14 @@ Heads, activation and padding leave no trace in a file: they follow the publishe
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ldm.convert import tables
 from ldm.convert.ip_adapter import IPAdapterConfig, vision_map
-from ldm.convert.keymap import KeyMap, Renamed
+from ldm.convert.keymap import KeyMap, Renamed, count, indices, size
 from ldm.convert.tables_t2i import T2I_MAPS, T2IConfig
 from ldm.models.text import ALL_MERGES, ALPHABET, TextConfig
 from ldm.models.unet import UNetConfig
@@ -67,18 +67,12 @@ HINT_PATTERNS = {
 MID_PATTERN = r"^(?:encoder\.mid\.attn\.blocks|mid_block\.attentions\.0\.transformer_blocks)\.(\d+)\."
 
 
-def _counts(keys: Iterable[str], pattern: str) -> dict[int, int]:
+def _counts(keys: Collection[str], pattern: str) -> dict[int, int]:
     """Level -> one more than the highest index that it has."""
     out: dict[int, int] = {}
-    for key in keys:
-        if found := re.search(pattern, key):
-            level, index = int(found[1]), int(found[2])
-            out[level] = max(out.get(level, 0), index + 1)
+    for level, index in indices(keys, pattern):
+        out[level] = max(out.get(level, 0), index + 1)
     return out
-
-
-def _depth(keys: Iterable[str], pattern: str) -> int:
-    return max((int(found[1]) + 1 for key in keys if (found := re.search(pattern, key))), default=0)
 
 
 def _unet_levels(keys: set[str], naming: str) -> tuple[list[int], list[int], int]:
@@ -86,16 +80,16 @@ def _unet_levels(keys: set[str], naming: str) -> tuple[list[int], list[int], int
     if naming != "original":
         blocks, depth = (_counts(keys, pattern) for pattern in UNET_PATTERNS[naming])
         levels = range(max(blocks, default=0) + 1)
-        return [blocks.get(i, 0) for i in levels], [depth.get(i, 0) for i in levels], _depth(keys, MID_PATTERN)
+        return [blocks.get(i, 0) for i in levels], [depth.get(i, 0) for i in levels], count(keys, MID_PATTERN)
     blocks, depth = [0], [0]
-    for n in range(1, _depth(keys, r"^input_blocks\.(\d+)\.")):
+    for n in range(1, count(keys, r"^input_blocks\.(\d+)\.")):
         if f"input_blocks.{n}.0.op.weight" in keys:
             blocks.append(0)
             depth.append(0)
         else:
             blocks[-1] += 1
-            depth[-1] = max(depth[-1], _depth(keys, rf"^input_blocks\.{n}\.1\.transformer_blocks\.(\d+)\."))
-    return blocks, depth, _depth(keys, r"^middle_block\.1\.transformer_blocks\.(\d+)\.")
+            depth[-1] = max(depth[-1], count(keys, rf"^input_blocks\.{n}\.1\.transformer_blocks\.(\d+)\."))
+    return blocks, depth, count(keys, r"^middle_block\.1\.transformer_blocks\.(\d+)\.")
 
 
 def _frame(state: State, naming: str) -> UNetConfig:
@@ -108,32 +102,26 @@ def _frame(state: State, naming: str) -> UNetConfig:
     )
 
 
-def _size(state: State, key: str, axis: int) -> int:
-    if key not in state or state[key].ndim <= axis:
-        raise ConfigError(f"{key} (our name) is missing or has too few axes: this is part of a checkpoint")
-    return state[key].shape[axis]
-
-
 def _unet_config(ours: State, frame: UNetConfig) -> UNetConfig:
     levels = len(frame.channels)
-    channels = tuple(_size(ours, f"encoder.levels.{i}.blocks.0.res.conv1.weight", 0) for i in range(levels))
+    channels = tuple(size(ours, f"encoder.levels.{i}.blocks.0.res.conv1.weight", 0) for i in range(levels))
     blocks = frame.blocks[0] if isinstance(frame.blocks, tuple) and len(set(frame.blocks)) == 1 else frame.blocks
-    context = next((v.shape[1] for k, v in ours.items() if k.endswith("attn2.to_k.weight")), 1)
+    text = next((k for k in ours if k.endswith("attn2.to_k.weight")), None)
     linear = any(k.endswith("attn.proj_in.weight") and v.ndim == 2 for k, v in ours.items())
-    vector = "encoder.vector_embed.0.weight"
+    vector, last = "encoder.vector_embed.0.weight", "decoder.conv_out.weight"
     head_dim = math.gcd(64, *channels) if linear else None  # SD2 and SDXL; SD1 has 8 heads everywhere
     return UNetConfig(
-        in_channels=_size(ours, "encoder.conv_in.weight", 1),
-        out_channels=ours["decoder.conv_out.weight"].shape[0] if "decoder.conv_out.weight" in ours else 4,
+        in_channels=size(ours, "encoder.conv_in.weight", 1),
+        out_channels=size(ours, last, 0) if last in ours else 4,
         channels=channels,
         blocks=blocks,
         depth=frame.depth,
         mid_depth=frame.mid_depth,
-        context_dim=context,
+        context_dim=size(ours, text, 1) if text else 1,
         num_heads=None if linear else math.gcd(8, *channels),
         head_dim=head_dim,
         linear_proj=linear,
-        vector_dim=_size(ours, vector, 1) if vector in ours else None,
+        vector_dim=size(ours, vector, 1) if vector in ours else None,
         groups=math.gcd(32, *channels),
     )
 
@@ -152,8 +140,8 @@ def controlnet(state: State, naming: str) -> tuple[ControlNetConfig, Renamed]:
     widths = (1,) * max(convs // 2, 1)
     renamed = keymap(ControlNetConfig(frame, 1, widths), naming).rename(state)
     ours = renamed.tensors
-    hint = tuple(_size(ours, f"hint.convs.{2 * i}.weight", 0) for i in range(len(widths)))
-    return ControlNetConfig(_unet_config(ours, frame), _size(ours, "hint.convs.0.weight", 1), hint), renamed
+    hint = tuple(size(ours, f"hint.convs.{2 * i}.weight", 0) for i in range(len(widths)))
+    return ControlNetConfig(_unet_config(ours, frame), size(ours, "hint.convs.0.weight", 1), hint), renamed
 
 
 def vae(state: State, naming: str) -> tuple[VAEConfig, Renamed]:
@@ -162,12 +150,12 @@ def vae(state: State, naming: str) -> tuple[VAEConfig, Renamed]:
     frame = VAEConfig(channels=(1,) * (max(blocks, default=0) + 1), blocks=max(blocks.values(), default=1), groups=1)
     renamed = keymap(frame, naming).rename(state)
     ours = renamed.tensors
-    channels = tuple(_size(ours, f"encoder.levels.{i}.blocks.0.conv1.weight", 0) for i in range(len(frame.channels)))
+    channels = tuple(size(ours, f"encoder.levels.{i}.blocks.0.conv1.weight", 0) for i in range(len(frame.channels)))
     config = VAEConfig(
-        in_channels=_size(ours, "encoder.conv_in.weight", 1),
+        in_channels=size(ours, "encoder.conv_in.weight", 1),
         channels=channels,
         blocks=frame.blocks,
-        latent_channels=_size(ours, "decoder.conv_in.weight", 1),
+        latent_channels=size(ours, "decoder.conv_in.weight", 1),
         groups=math.gcd(32, *channels),
     )
     return config, renamed
@@ -181,14 +169,14 @@ def text(state: State, naming: str) -> tuple[TextConfig, Renamed]:
 def projected_text(state: State, naming: str) -> tuple[ProjectedTextConfig, Renamed]:
     """Config and our tensors of a text tower with its projection."""
     config, renamed = _text(state, naming, projection=True)
-    return ProjectedTextConfig(config, _size(renamed.tensors, "text_proj", 1)), renamed
+    return ProjectedTextConfig(config, size(renamed.tensors, "text_proj", 1)), renamed
 
 
 def _text(state: State, naming: str, projection: bool) -> tuple[TextConfig, Renamed]:
-    frame = TextConfig(width=1, heads=1, layers=max(_depth(state, r"(?:resblocks|layers)\.(\d+)\."), 1))
+    frame = TextConfig(width=1, heads=1, layers=max(count(state, r"(?:resblocks|layers)\.(\d+)\."), 1))
     renamed = _text_map(frame, naming, projection).rename(state)
     ours = renamed.tensors
-    width, words = (_size(ours, "token_embedding.weight", axis) for axis in (1, 0))
+    width, words = (size(ours, "token_embedding.weight", axis) for axis in (1, 0))
     merges = words - ALPHABET - 2
     if not 0 <= merges <= ALL_MERGES:
         raise ConfigError(f"text vocabulary has {words} words, must be {ALPHABET + 2}..49408 of CLIP's encoding")
@@ -198,7 +186,7 @@ def _text(state: State, naming: str, projection: bool) -> tuple[TextConfig, Rena
         layers=frame.layers,
         heads=max(width // 64, 1) if width % 64 == 0 else 1,
         activation="quick_gelu" if openai else "gelu",
-        context_length=_size(ours, "positional_embedding", 0),
+        context_length=size(ours, "positional_embedding", 0),
         merges=None if merges == ALL_MERGES else merges,
         pad="eos" if openai else "zero",
     )
@@ -208,13 +196,7 @@ def _text(state: State, naming: str, projection: bool) -> tuple[TextConfig, Rena
 def _text_map(config: TextConfig, naming: str, projection: bool) -> KeyMap:
     make = tables.transformers_text if naming == "transformers" else tables.open_clip_text
     table = make(config, projection)
-    return identity(table, table.ignored) if naming == "ours" else table
-
-
-def identity(table: KeyMap, ignored: str = r"$^") -> KeyMap:
-    """A layout's tensors under our own names."""
-    pairs = tuple(type(pair)(pair.ours, (pair.ours,)) for pair in table.pairs)
-    return KeyMap(pairs, ignored=ignored)
+    return table.identity() if naming == "ours" else table
 
 
 def keymap(config: Config, naming: str) -> KeyMap:
@@ -237,4 +219,4 @@ def keymap(config: Config, naming: str) -> KeyMap:
     else:
         make = tables.original_controlnet if old else tables.diffusers_controlnet
         table = make(config.unet, 2 * len(config.hint_widths))
-    return identity(table) if naming == "ours" else table
+    return table.identity() if naming == "ours" else table

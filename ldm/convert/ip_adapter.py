@@ -5,15 +5,16 @@ names. n is odd: the adapter's layers were numbered among all attention layers, 
 the order down, up, mid; ours are in the order of execution: down, mid, up.
 """
 
+import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from ldm.convert.keymap import KeyMap, Pair, Renamed
+from ldm.convert.keymap import KeyMap, Pair, Renamed, count, indices, size
+from ldm.convert.tables import TEXT_BLOCK
 from ldm.models.unet import CrossAttn, UNetConfig
 from ldm.models.vision import OpenCLIPConfig
 from ldm.registry import ConfigError
@@ -37,12 +38,11 @@ PROJECTIONS = {  # variant -> our module and theirs
     "base": (("proj", "proj"), ("norm", "norm")),
     "full": (("fc1", "proj.0"), ("fc2", "proj.2"), ("norm", "proj.3")),
 }
-VISION_LAYER = (
-    ("ln_1", "layer_norm1"),
-    ("ln_2", "layer_norm2"),
-    ("attn.out_proj", "self_attn.out_proj"),
-    ("mlp.c_fc", "mlp.fc1"),
-    ("mlp.c_proj", "mlp.fc2"),
+VARIANTS = (  # and names in image_proj that tell each: a FaceID projection has "proj.0" too, but no "proj.3"
+    ("plus", ("latents", "proj_in.weight")),
+    ("base", ("proj.weight", "norm.weight")),
+    ("full", ("proj.0.weight", "proj.3.weight")),
+    ("full", ("fc1.weight",)),  # our name
 )
 
 
@@ -90,7 +90,7 @@ def transformers_vision(config: OpenCLIPConfig) -> KeyMap:
         a, b = f"{ours}.transformer.resblocks.{i}", f"{top}.encoder.layers.{i}"
         for leaf in ("weight", "bias"):
             pairs.append(Pair(f"{a}.attn.in_proj_{leaf}", tuple(f"{b}.self_attn.{x}_proj.{leaf}" for x in "qkv")))
-        modules += [(f"{a}.{x}", f"{b}.{y}") for x, y in VISION_LAYER]
+        modules += [(f"{a}.{x}", f"{b}.{y}") for x, y in TEXT_BLOCK]
     pairs += [Pair(f"{a}.{leaf}", (f"{b}.{leaf}",)) for a, b in modules for leaf in ("weight", "bias")]
     return KeyMap(tuple(pairs), ignored=r"position_ids$")
 
@@ -166,7 +166,7 @@ class IPAdapterConfig:
     def keymap(self, naming: str) -> KeyMap:
         """Its layout under the "original" (published) names or "ours"."""
         table = published(self.cross_attn, self.variant, self.depth)
-        return table if naming == "original" else KeyMap(tuple(Pair(p.ours, (p.ours,)) for p in table.pairs))
+        return table if naming == "original" else table.identity()
 
 
 def ip_adapter(state: Mapping[str, Tensor], naming: str) -> tuple[IPAdapterConfig, Renamed]:
@@ -174,42 +174,38 @@ def ip_adapter(state: Mapping[str, Tensor], naming: str) -> tuple[IPAdapterConfi
 
     Raises: ConfigError if it is of no UNet or kind that is known.
     """
-    mark, pattern = (
-        ("image_proj.", r"^ip_adapter\.(\d+)\.to_k_ip") if naming == "original" else ("image.proj.", r"^to_k\.(\d+)\.")
+    original = naming == "original"
+    mark = "image_proj." if original else "image.proj."
+    image = {key.removeprefix(mark) for key in state if key.startswith(mark)}
+    layers = len(indices(state, r"^ip_adapter\.(\d+)\.to_k_ip\.weight$" if original else r"^to_k\.(\d+)\.weight$"))
+    if layers not in COUNTS:
+        raise ConfigError(f"IP-Adapter with {layers} cross-attention layers; known: 16 (SD1.x, SD2.x), 70 (SDXL)")
+    variant = next((kind for kind, marks in VARIANTS if image.issuperset(marks)), None)
+    if variant is None:
+        some = ", ".join(sorted(image)[:3])
+        raise ConfigError(f"IP-Adapter of an unknown kind (image_proj: {some}); known: base, plus, full")
+    frame = IPAdapterConfig((1,) * layers, 1, variant, 1, None, depth=count(image, r"^layers\.(\d+)\.") or 1)
+    renamed = frame.keymap(naming).rename(state)
+    ours = renamed.tensors
+    config = dataclasses.replace(
+        frame,
+        layers=tuple(size(ours, f"to_k.{i}.weight", 0) for i in range(layers)),
+        context_dim=size(ours, "to_k.0.weight", 1),
+        **_image_part(ours, variant),
     )
-    rows = {int(found[1]): value for key, value in state.items() if (found := re.search(pattern, key))}
-    if len(rows) not in COUNTS:
-        raise ConfigError(f"IP-Adapter with {len(rows)} cross-attention layers; known: 16 (SD1.x, SD2.x), 70 (SDXL)")
-    ordered = [rows[n] for n in sorted(rows)]
-    if naming == "original":  # down, up, mid
-        down, mid, _ = COUNTS[len(rows)]
-        ordered = [*ordered[:down], *ordered[len(rows) - mid :], *ordered[down : len(rows) - mid]]
-    image = {key[len(mark) :]: value for key, value in state.items() if key.startswith(mark)}
-    config = IPAdapterConfig(tuple(v.shape[0] for v in ordered), ordered[0].shape[1], **_image_part(image))
-    return config, config.keymap(naming).rename(state)
+    return config, renamed
 
 
-def _image_part(image: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Kind and sizes of the projection."""
-    if "latents" in image and "proj_in.weight" in image:
-        _, tokens, width = image["latents"].shape
-        depth = 1 + max((int(k.split(".")[1]) for k in image if k.startswith("layers.")), default=0)
-        return {
-            "variant": "plus",
-            "image_dim": image["proj_in.weight"].shape[1],
-            "tokens": tokens,
-            "width": width,
-            "depth": depth,
-        }
-    if "proj.weight" in image and "norm.weight" in image:
-        rows, image_dim = image["proj.weight"].shape
-        return {"variant": "base", "image_dim": image_dim, "tokens": rows // len(image["norm.weight"])}
-    for first in ("fc1.weight", "proj.0.weight"):
-        if first in image and ("proj.3.weight" in image or first == "fc1.weight"):
-            return {"variant": "full", "image_dim": image[first].shape[1], "tokens": None}
-    raise ConfigError(
-        f"IP-Adapter of an unknown kind (image_proj: {', '.join(sorted(image)[:3])}); known: base, plus, full"
-    )
+def _image_part(ours: Mapping[str, Tensor], variant: str) -> dict[str, int]:
+    """Sizes of the projection."""
+    at = "image.proj."
+    if variant == "plus":
+        tokens, width = (size(ours, at + "latents", axis) for axis in (1, 2))
+        return {"image_dim": size(ours, at + "proj_in.weight", 1), "tokens": tokens, "width": width}
+    if variant == "full":
+        return {"image_dim": size(ours, at + "fc1.weight", 1)}
+    rows, image_dim = (size(ours, at + "proj.weight", axis) for axis in (0, 1))
+    return {"image_dim": image_dim, "tokens": max(rows // size(ours, at + "norm.weight", 0), 1)}
 
 
 def vision(state: Mapping[str, Tensor], naming: str) -> tuple[OpenCLIPConfig, Renamed]:
@@ -217,22 +213,18 @@ def vision(state: Mapping[str, Tensor], naming: str) -> tuple[OpenCLIPConfig, Re
 
     Heads and activation leave no trace in a file: they follow the published model of that width.
     """
-    frame = OpenCLIPConfig(layers=max(2, 1 + max((int(m[1]) for k in state if (m := re.search(LAYER, k))), default=0)))
+    frame = OpenCLIPConfig(layers=max(2, count(state, LAYER)))
     renamed = vision_map(frame, naming).rename(state)
     ours = renamed.tensors
-    wanted = ("net.conv1.weight", "net.positional_embedding", "net.proj", "net.transformer.resblocks.0.mlp.c_fc.weight")
-    if lacking := [name for name in wanted if name not in ours]:
-        raise ConfigError(f"image encoder lacks {lacking[0]} (our name): this is part of a checkpoint")
-    conv, positions, proj, mlp = (ours[name] for name in wanted)
-    width, patch = conv.shape[0], conv.shape[2]
+    width, patch = (size(ours, "net.conv1.weight", axis) for axis in (0, 2))
     config = OpenCLIPConfig(
-        image_size=patch * math.isqrt(len(positions) - 1),
+        image_size=patch * math.isqrt(size(ours, "net.positional_embedding", 0) - 1),
         patch=patch,
         width=width,
         layers=frame.layers,
         heads=16 if width >= 1024 else max(width // 64, 1),
-        mlp=mlp.shape[0],
-        embed_dim=proj.shape[1],
+        mlp=size(ours, "net.transformer.resblocks.0.mlp.c_fc.weight", 0),
+        embed_dim=size(ours, "net.proj", 1),
         activation="quick_gelu" if width <= 1024 else "gelu",
     )
     return config, renamed
@@ -243,4 +235,4 @@ def vision_map(config: OpenCLIPConfig, naming: str) -> KeyMap:
     if naming == "open_clip":
         return open_clip_vision(config)
     table = transformers_vision(config)
-    return table if naming == "transformers" else KeyMap(tuple(Pair(p.ours, (p.ours,)) for p in table.pairs))
+    return table if naming == "transformers" else table.identity()

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -63,8 +63,15 @@ class KeyMap:
     aliases: Mapping[str, str] = field(default_factory=dict)
     ignored: str = r"$^"
 
+    def identity(self) -> "KeyMap":
+        """The same tensors under our own names."""
+        return KeyMap(tuple(Pair(pair.ours, (pair.ours,)) for pair in self.pairs), ignored=self.ignored)
+
     def rename(self, state: Mapping[str, Tensor]) -> Renamed:
-        """Their state dict under our names, without judging; tensors are shared except for concatenated rows."""
+        """Their state dict under our names; tensors are shared except for concatenated rows.
+
+        Raises: ConfigError if rows do not fit each other. Nothing else is judged here.
+        """
         known = {name for pair in self.pairs for name in pair.theirs}
         names = {self._normal(key, known): key for key in state}
         foreign = names.keys() - known
@@ -77,7 +84,7 @@ class KeyMap:
             if parts and len(parts) < len(pair.theirs):
                 lacking += [name for name in pair.theirs if name not in names]
             elif parts:
-                out[pair.ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
+                out[pair.ours] = parts[0] if len(parts) == 1 else _rows(pair, parts)
         absent = sorted(known - names.keys())
         return Renamed(out, ignored, unknown, lacking, nearest(unknown, absent))
 
@@ -115,9 +122,16 @@ class KeyMap:
         return longer if key not in known and (longer in known or re.search(self.ignored, longer)) else key
 
 
+def _rows(pair: Pair, parts: list[Tensor]) -> Tensor:
+    shapes = [tuple(part.shape) for part in parts]
+    if len(set(shapes)) > 1 or not shapes[0] or len({part.dtype for part in parts}) > 1:
+        raise ConfigError(f"{', '.join(pair.theirs)} have shapes {shapes}, must be alike and of one dtype")
+    return torch.cat(parts)
+
+
 def _inward(value: Tensor, change: str) -> Tensor:
     if change == "transpose":
-        return value.t()
+        return value.t() if value.ndim == 2 else value
     return value[..., 0, 0] if change == "conv1x1" and value.ndim == 4 and value.shape[2:] == (1, 1) else value
 
 
@@ -125,6 +139,34 @@ def _outward(value: Tensor, change: str) -> Tensor:
     if change == "transpose":
         return value.t()
     return value[..., None, None] if change == "conv1x1" else value
+
+
+def size(ours: Mapping[str, Tensor], key: str, axis: int) -> int:
+    """Size of one of our tensors along an axis, at least 1.
+
+    Raises: ConfigError if the tensor is not there, has too few axes, or is empty along that one.
+    """
+    shape = tuple(ours[key].shape) if key in ours else None
+    if shape is None or len(shape) <= axis or not shape[axis]:
+        found = "is missing" if shape is None else f"is {shape}, wanted a size of at least 1 on axis {axis}"
+        raise ConfigError(f"{key} (our name) {found}: this is part of a checkpoint")
+    return shape[axis]
+
+
+def indices(keys: Collection[str], pattern: str) -> list[tuple[int, ...]]:
+    """The numbers that a pattern's groups find in each name that it matches; an empty group is 0.
+
+    Raises: ConfigError on a number that is not below the number of names: no whole network counts like that.
+    """
+    found = [match.groups("") for key in keys if (match := re.search(pattern, key))]
+    if odd := [n for groups in found for n in groups if len(n) > len(str(len(keys))) or int(n or 0) >= len(keys)]:
+        raise ConfigError(f"a name has number {odd[0][:12]} among {len(keys)} tensors: this is part of a checkpoint")
+    return [tuple(int(n or 0) for n in groups) for groups in found]
+
+
+def count(keys: Collection[str], pattern: str) -> int:
+    """One more than the highest number that a pattern's group finds in names; 0 without any. Raises: as `indices`."""
+    return max((n + 1 for (n,) in indices(keys, pattern)), default=0)
 
 
 def nearest(names: Iterable[str], candidates: list[str]) -> dict[str, str]:

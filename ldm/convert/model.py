@@ -136,7 +136,9 @@ def check_finite(tensors: Mapping[str, Tensor], what: str, file: Path) -> None:
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors with a NaN or an infinite value. Both reach the extremes: one pass, no mask in memory."""
-    floats = ((k, v) for k, v in tensors.items() if v.is_floating_point() and v.numel())
+    floats = (
+        (k, v.half() if v.itemsize == 1 else v) for k, v in tensors.items() if v.is_floating_point() and v.numel()
+    )
     return [k for k, v in floats if not all(bool(torch.isfinite(x)) for x in torch.aminmax(v))]
 
 
@@ -180,7 +182,10 @@ def _described(found: Contents) -> list[str]:
         problems = [*part.problems, *([f"NaN or infinite values in {grouped(bad)}"] if bad else [])]
         lines += [f"    {problem}" for problem in problems or ["complete"]]
     if "original" in layouts:
-        absent = {"unet", "vae", "text"} - {part.section.component for part in found.parts}
+        there = {part.section.component for part in found.parts}
+        if any(part.section.prefix.startswith("conditioner.embedders.0.") for part in found.parts):
+            there.add("text")  # the refiner's first tower is the one that others have second
+        absent = {"unet", "vae", "text"} - there
         lines += [f"  not in this file: {', '.join(sorted(absent))}"] if absent else []
     lines += [f"  buffers: {grouped(found.kept)}"] if found.kept else []
     lines += [f"  averaged weights (--ema): {len(found.dropped)} tensors"] if found.dropped else []

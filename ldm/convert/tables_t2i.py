@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.convert.keymap import KeyMap, Pair, Renamed
+from ldm.convert.keymap import KeyMap, Pair, Renamed, indices, size
 from ldm.models.unet import UNetConfig
 from ldm.registry import ConfigError
 
@@ -102,7 +102,7 @@ def original_t2i(config: T2IConfig) -> KeyMap:
 
 def our_t2i(config: T2IConfig) -> KeyMap:
     """`T2IAdapter` under its own names."""
-    return KeyMap(tuple(Pair(pair.ours, (pair.ours,)) for pair in _pairs(config, "original")))
+    return original_t2i(config).identity()
 
 
 T2I_MAPS = {"diffusers": diffusers_t2i, "original": original_t2i, "ours": our_t2i}
@@ -130,24 +130,17 @@ def t2i(state: Mapping[str, Tensor], naming: str) -> tuple[T2IConfig, Renamed]:
     """
     light = not any(re.search(r"(^|\.)conv_in\.weight$", key) for key in state)
     pattern = BLOCKS[naming, naming == "original" and light]
-    found = [match.groups() for key in state if (match := re.match(pattern, key))]
+    found = indices(state, pattern)
     if not found:
         raise ConfigError(f"no residual block {pattern} is there: this is part of a checkpoint")
-    levels = 1 + max(int(i) for i, _ in found)
-    blocks = 1 + max(int(j or 0) for _, j in found)
+    levels, blocks = (1 + max(column) for column in zip(*found, strict=True))
     if naming == "original" and not light:
         levels, blocks = LEVELS, max(levels // LEVELS, 1)
     frame = T2IConfig((1,) * levels, 1, blocks, 1 if light else None)
     renamed = T2I_MAPS[naming](frame).rename(state)
     ours = renamed.tensors
     last = "out_conv" if light else "blocks.0.conv1"
-    channels = tuple(_size(ours, f"levels.{i}.{last}.weight", 0) for i in range(levels))
-    folded = _size(ours, "levels.0.in_conv.weight" if light else "conv_in.weight", 1)
-    divisor = channels[0] // _size(ours, "levels.0.blocks.0.conv1.weight", 0) if light else None
+    channels = tuple(size(ours, f"levels.{i}.{last}.weight", 0) for i in range(levels))
+    folded = size(ours, "levels.0.in_conv.weight" if light else "conv_in.weight", 1)
+    divisor = max(channels[0] // size(ours, "levels.0.blocks.0.conv1.weight", 0), 1) if light else None
     return T2IConfig(channels, folded, blocks, divisor), renamed
-
-
-def _size(ours: Mapping[str, Tensor], key: str, axis: int) -> int:
-    if key not in ours or ours[key].ndim <= axis:
-        raise ConfigError(f"{key} (our name) is missing or has too few axes: this is part of a checkpoint")
-    return ours[key].shape[axis]

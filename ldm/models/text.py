@@ -260,6 +260,11 @@ class TextEncoder(Text):
             h = block(h, attn_mask=mask)
         return h
 
+    @property
+    def whole(self) -> bool:
+        """Whether the last block has weights: zeros stand for it where a file leaves it out (`ldm.convert.slots`)."""
+        return bool(self.get_parameter(f"transformer.resblocks.{self.config.layers - 1}.ln_1.weight").any())
+
     def skipped(self, clip_skip: int | None) -> int:
         """Blocks left out at the end: `clip_skip` - 1, or as `config.layer` says where it is None."""
         return int(self.config.layer == "penultimate") if clip_skip is None else clip_skip - 1

@@ -250,6 +250,29 @@ def test_wider_input_than_the_trunks_is_cut_to_the_latent() -> None:
         assert torch.equal(got, expected)
 
 
+def test_published_trunk_of_four_channels_fits_an_inpainting_unet() -> None:
+    nine = dataclasses.replace(SD1, in_channels=9)
+    unet, net = make(dataclasses.replace(SMALL, in_channels=4), nine)
+    assert torch.equal(net.encoder.conv_in.weight, unet.encoder.conv_in.weight[:, :4])
+    assert torch.equal(net.encoder.mid.res1.conv1.weight, unet.encoder.mid.res1.conv1.weight)
+    published = waken(make(config=SD1)[1])
+    load_tensors(net, published.state_dict(), "published")
+    x_t, t, base, hint = inputs(nine)
+    control = run(net, x_t, t, base, hint)
+    expected = run(published, x_t[:, :4], t, base, hint)
+    assert all(torch.equal(a, b) for a, b in zip(residuals(control), residuals(expected), strict=True))
+    assert unet(x_t, t, base + control).shape == (2, 4, *x_t.shape[2:])
+    random = ControlNet(dataclasses.replace(SMALL, in_channels=4, init="random"), unet=unet)
+    assert {k: v.shape for k, v in random.state_dict().items()} == {k: v.shape for k, v in net.state_dict().items()}
+
+
+@pytest.mark.parametrize("channels", [0, 5])
+def test_trunk_reads_no_more_channels_than_there_are(channels: int) -> None:
+    with pytest.raises(ConfigError, match=rf"controlnet.in_channels is {channels}; allowed: 1..4, or null") as caught:
+        make(dataclasses.replace(SMALL, in_channels=channels))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("latent", [(8, 16), (16, 8)])
 def test_latents_need_not_be_square(latent: tuple[int, int]) -> None:
     unet, net = make()

@@ -1,8 +1,12 @@
 """Downloads against a server on this machine: whole, resumed, without ranges, wrong, absent, broken off."""
 
+import email.message
 import hashlib
+import io
 import re
 import threading
+import urllib.request
+import urllib.response
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -139,6 +143,23 @@ def test_only_https_leaves_this_machine(server: Any, tmp_path: Path) -> None:
     refused(entry(server, "", url="http://example.com/x"), tmp_path, "address is http://example.com/x, must be https")
     refused(entry(server, "", url="file:///etc/passwd"), tmp_path, "must be https")
     refused(entry(server, "/away"), tmp_path, "address is http://example.com/x, must be https")
+
+
+def test_https_is_never_left_again(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = f"http://127.0.0.1:{server.server_port}/file"
+
+    def https_open(_: Any, request: urllib.request.Request) -> urllib.response.addinfourl:
+        headers = email.message.Message()
+        headers["Location"] = {"/down": local, "/on": "https://a.example/down"}[request.selector]
+        answer: Any = urllib.response.addinfourl(io.BytesIO(), headers, request.full_url, 302)
+        answer.msg = "Found"
+        return answer
+
+    monkeypatch.setattr(urllib.request.HTTPSHandler, "https_open", https_open)
+    for path in ("/down", "/on"):
+        said = f"https://a.example/down sends on to {local}, must stay https; download it in a browser"
+        refused(entry(server, "", url=f"https://a.example{path}"), tmp_path, said)
+    assert not server.asked
 
 
 def test_no_room_and_no_answer_are_said(server: Any, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`weights:` takes our files, published files and folders, each slot its own part; and what cannot be one is said."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from torch import nn
 
 import adapters  # noqa: F401
 from ldm import build, config, registry
-from ldm.convert import model
+from ldm.conditioning import TextUse, condition
+from ldm.convert import model, slots
+from ldm.models.text import TextEncoder
 from ldm.registry import ConfigError
 from ldm.sampling import output, plan
+from ldm.training import checkpoint
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 SMALL = {"merges": 40, "context_length": 9}
@@ -137,6 +141,67 @@ def test_sd2_tower_without_its_unused_last_block(tmp_path: Path) -> None:
         match=r"12 missing: transformer\.resblocks\.2\.attn\.in_proj_bias, .*found: CLIP text \(16 wide, 2 layers\)",
     ):
         build.component("text", {**node, "layer": "last", "weights": str(tmp_path / "text.safetensors")})
+
+
+def test_clip_skip_1_is_refused_where_diffusers_left_out_the_last_block(tmp_path: Path) -> None:
+    node = {**NODES["text"], "layers": 3, "layer": "penultimate", "activation": "gelu", "pad": "zero"}
+    text = registry.build("text", node)
+    saved(tmp_path / "whole.safetensors", text)
+    state = {k: v for k, v in text.state_dict().items() if not k.startswith("transformer.resblocks.2.")}
+    save_file(state, tmp_path / "text.safetensors")
+    model.export([tmp_path / "text.safetensors"], "diffusers", tmp_path / "sd2")
+    loaded = build.component("text", {**node, "weights": str(tmp_path / "sd2")})
+
+    def context(tower: TextEncoder, clip_skip: int | None) -> torch.Tensor:
+        found = condition(tower, ["a cat"], (8, 8), TextUse(clip_skip)).context
+        assert found is not None
+        return found
+
+    assert all(torch.equal(context(loaded, skip), context(text, skip)) for skip in (None, 2, 3))
+    said = r"clip_skip is 1, .* have no last block .*; allowed: 2\.\.3 or null; name weights with all 3 blocks for 1"
+    with pytest.raises(ConfigError, match=said) as caught:
+        context(loaded, 1)
+    assert "\n" not in str(caught.value)
+    whole = build.component("text", {**node, "weights": str(tmp_path / "whole.safetensors")})
+    assert torch.equal(context(whole, 1), context(text, 1)) and not torch.equal(context(text, 1), context(text, 2))
+
+
+def refiner(root: Path) -> tuple[Path, dict[str, nn.Module]]:
+    """A single file with the names of SDXL's refiner, and the networks in it."""
+    torch.manual_seed(2)
+    unet = {**UNET, "channels": [8, 16, 16], "depth": [0, 4, 0], "mid_depth": 4, "num_heads": None, "head_dim": 8}
+    nets: dict[str, nn.Module] = {
+        "unet": registry.build("unet", {**unet, "linear_proj": True, "vector_dim": 6}),
+        "vae": registry.build("vae", NODES["vae"]),
+        "text": registry.build("text", {**SDXL, "clip": None, "aesthetic": 6.0}),
+    }
+    saved(root / "ours/unet.safetensors", nets["unet"])
+    saved(root / "ours/vae.safetensors", nets["vae"])
+    saved(root / "ours/text_2.safetensors", nets["text"], "open_clip.")
+    model.export([root / "ours"], "original", root / "refiner.safetensors")
+    return root / "refiner.safetensors", nets
+
+
+def test_a_refiners_single_file_fills_every_slot_and_comes_back(tmp_path: Path) -> None:
+    file, nets = refiner(tmp_path)
+    names = load_file(file)
+    assert "conditioner.embedders.0.model.transformer.resblocks.1.mlp.c_fc.weight" in names
+    assert not any("embedders.1" in key for key in names)
+    said = "\n".join(model.inspect(file))
+    assert said.count("complete") == 3 and all(f"  {part}: " in said for part in ("unet", "vae", "text_2"))
+    assert "not in this file" not in said
+    written = model.import_model(file, tmp_path / "in")
+    assert [path.stem for path in written] == ["unet", "vae", "text_2"]
+    model.export([tmp_path / "in"], "original", tmp_path / "back.safetensors")
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == names.keys() and all(torch.equal(back[k], v) for k, v in names.items())
+    for kind, net in nets.items():
+        for source in (file, tmp_path / "in"):
+            again = copy.deepcopy(net)
+            [nn.init.zeros_(p) for p in again.parameters()]
+            node = {"name": "sdxl", "clip": None} if kind == "text" else {"name": {"vae": "kl"}.get(kind, kind)}
+            checkpoint.load_weights(again, source, parts=slots.parts(kind, node))
+            assert all(torch.equal(v, net.state_dict()[k]) for k, v in again.state_dict().items())
 
 
 def test_other_parts_of_a_file_are_left_alone(sources: Path, tmp_path: Path) -> None:
