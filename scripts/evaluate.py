@@ -1,9 +1,9 @@
 """Held-out figures of trained weights, written to RUN/eval/.
 
-python scripts/evaluate.py --config configs/train/emoji/controlnet.yaml     the newest checkpoint of its run folder
+python scripts/evaluate.py --config configs/train/emoji/controlnet.yaml        the newest checkpoint of its run folder
+python scripts/evaluate.py --config configs/evaluate/emoji/sketch_color.yaml   adapters of several runs, alone, together
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         import ldm.training.run  # noqa: F401  registers the stages
         from ldm.evaluation import run
 
-        print(json.dumps(run.evaluate(cfg), indent=1))
+        print(run.evaluate(cfg).markdown())
 
 
 if __name__ == "__main__":

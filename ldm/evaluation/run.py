@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm import build, generate, grid, registry
-from ldm import config as config_module
+from ldm import build, grid, registry
 from ldm.config import RunConfig
 from ldm.data.images import ImageData
 from ldm.data.subset import held_out
-from ldm.evaluation.edges import edge_map
-from ldm.evaluation.fidelity import edge_f1
+from ldm.evaluation.arms import Plan, plan
+from ldm.evaluation.obedience import Obedience, drawer, obedience
+from ldm.evaluation.report import Evaluation
 from ldm.guidance import GuidanceConfig
 from ldm.registry import ConfigError
 from ldm.training import checkpoint, distributed
@@ -26,80 +26,70 @@ from ldm.training.stage import Stage, choose_trainable
 PICTURES = 8
 
 
-def evaluate(config: RunConfig) -> dict[str, float]:
+def evaluate(config: RunConfig) -> Evaluation:
     """Figures on `validation.data` (at most `validation.items`), written with a grid to `<run.dir>/eval/`.
 
-    What is measured: the `weights:` of the trained part where the config names them, else the newest complete
-    checkpoint of `run.dir`. Protocol: the stage's own held-out figures; and, where there are adapters, edge F1 (1 pixel
-    tolerance) between the edges of the samples and the edges of the first adapter's hint, for samples with and without
-    the adapters on the same seeds, drawn as `sample.sampler` and `sample.guidance` say, for the ground truth (ceiling),
-    and for ground truth paired with another item's hint (chance).
+    What is measured: the `weights:` of the trained part where the config names them (of several adapters, each its
+    own), else the newest complete checkpoint of `run.dir`. Protocol: the stage's own held-out figures; and, where there
+    are adapters, the measures of every adapter's hint (`ldm.evaluation.measures`) on every arm
+    (`ldm.evaluation.arms`): the same captions and seeds, drawn as `sample.sampler` and `sample.guidance` say.
 
-    Raises: ConfigError if the config has no stage, no held-out data or no weights.
+    Raises: ConfigError if the config has no stage, no held-out data or no weights, or `evaluation:` does not fit.
     """
     with distributed.session(config.device, config.train.threads) as rank:
         if rank.world > 1:
             raise ConfigError(f"evaluation runs on one rank, torchrun started {rank.world}; use plain python")
         stage = build.stage(config)
         choose_trainable(stage, config.train.trainable)  # what the run exported
-        _load_trained(stage, config)
+        trained = _load_trained(stage, config)
+        adapted = stage if isinstance(stage, DiffusionStage) else None
+        measured = plan(config, adapted.denoiser) if adapted else None
         build.frozen(stage).to(rank.device)
         stage.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
         data = build.data(config.validation.data, "validation.data")
         autocast = PRECISIONS[config.train.precision]
         with torch.autocast(rank.device.type, dtype=autocast, enabled=True) if autocast else nullcontext():
-            report = stage.validate(
-                held_out(data, config.validation.items, config.sample.batch, rank.device), PICTURES, config.seed
-            )
-            figures = dict(report.figures)
-            if isinstance(stage, DiffusionStage) and stage.uses:
-                figures |= obedience(stage, data, config, rank.device)
-    out = Path(config.run.dir) / "eval"
+            batches = held_out(data, config.validation.items, config.sample.batch, rank.device)
+            report = stage.validate(batches, 0 if measured else PICTURES, config.seed)
+            found = _obedience(adapted, measured, data, config, rank.device) if adapted and measured else None
+    columns = found.columns if found else report.columns
+    result = Evaluation(config, report.figures, measured, found, trained)
+    _write(result, columns, Path(config.run.dir) / "eval")
+    return result
+
+
+def _write(result: Evaluation, columns: dict[str, Tensor], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    record = {"figures": figures, "config": config_module.dump(config), "torch": torch.__version__}
-    (out / "eval.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    if report.columns:
-        grid.save(dict(report.columns), out / "grid.png")
-    return figures
+    (out / "eval.json").write_text(json.dumps(result.record(), indent=1), encoding="utf-8")
+    if columns:
+        grid.save(columns, out / "grid.png")
 
 
-def _load_trained(stage: Stage, config: RunConfig) -> None:
-    """Load the run's newest weights into what the stage trains, unless the config already named weights for it."""
+def _load_trained(stage: Stage, config: RunConfig) -> list[Path]:
+    """Load the run's newest weights into what the stage trains, except where the config names weights for it.
+
+    Returns: the files read.
+    """
     slots = {"vae": config.model.vae, "clip": config.model.clip, "model": config.model.unet} | config.adapters
     trained = config.adapters or [name for name, module in stage.named_children() if module is stage.trained]
-    nodes = [slots["model" if name == "denoiser" else name] for name in trained]
-    if all((node or {}).get("weights") for node in nodes):
-        return
+    nodes = {name: slots["model" if name == "denoiser" else name] or {} for name in trained}
+    without = [name for name, node in nodes.items() if not node.get("weights")]
+    if not without:
+        return []
     folder = checkpoint.latest(Path(config.run.dir))
     if folder is None:
-        raise ConfigError(f"no weights: for {', '.join(trained)} and no checkpoint in {config.run.dir}: train first")
-    for stem, module in stage.exports().items():
-        checkpoint.load_weights(module, folder / f"{stem}.safetensors")
+        raise ConfigError(f"no weights: for {', '.join(without)} and no checkpoint in {config.run.dir}: train first")
+    given = {f"adapter.{name}" for name in config.adapters if name not in without}
+    files = {folder / f"{stem}.safetensors": module for stem, module in stage.exports().items() if stem not in given}
+    for file, module in files.items():
+        checkpoint.load_weights(module, file)
+    return list(files)
 
 
-def obedience(stage: DiffusionStage, data: ImageData, config: RunConfig, device: torch.device) -> dict[str, float]:
-    """Mean edge F1 against the (first) adapter's hint, seeds `config.seed + i` for item i."""
-    name = next(iter(stage.uses))
-    models = generate.Models(stage.denoiser, stage.vae, stage.text, stage.schedule, stage.objective)
+def _obedience(
+    stage: DiffusionStage, measured: Plan, data: ImageData, config: RunConfig, device: torch.device
+) -> Obedience:
     sampler = registry.build("sampler", config.sample.sampler, schedule=stage.schedule)
-    g = config.sample.guidance
-    guidance = GuidanceConfig(g.scale, g.rescale, g.start, g.end)
-    maps: dict[str, list[Tensor]] = {"hint": [], "ground_truth": [], "adapter": [], "base": []}
-    seen = 0
-    for batch in tqdm(held_out(data, config.validation.items, config.sample.batch, device), desc="obedience"):
-        hints = stage.hints(batch)
-        seeds = [config.seed + seen + i for i in range(len(batch.keys))]
-        size = (batch.image.shape[-2], batch.image.shape[-1])
-        request = generate.Request(batch.text, seeds, size, guidance=guidance)
-        maps["hint"].append(edge_map(hints[name]))
-        maps["ground_truth"].append(edge_map(batch.image.float() * 0.5 + 0.5))
-        for label, heard in (("adapter", hints), ("base", {})):
-            drawn = generate.images(models, dataclasses.replace(request, hints=heard, uses=stage.uses), sampler)
-            maps[label].append(edge_map(drawn))
-        seen += len(batch.keys)
-    edges = {label: torch.cat(parts) for label, parts in maps.items()}
-    edges["chance"] = edges["ground_truth"].roll(1, 0)  # each beside the hint of its neighbour
-    means = {
-        f"edge_f1_{label}": edge_f1(e, edges["hint"]).mean().item() for label, e in edges.items() if label != "hint"
-    }
-    return means | {"edge_f1_ratio": means["edge_f1_adapter"] / means["edge_f1_base"], "edge_f1_items": float(seen)}
+    draw = drawer(stage, sampler, GuidanceConfig(**dataclasses.asdict(config.sample.guidance)))
+    batches = tqdm(held_out(data, config.validation.items, config.sample.batch, device), desc="obedience")
+    return obedience(measured, batches, stage.hints, draw, seed=config.seed, pictures=PICTURES)

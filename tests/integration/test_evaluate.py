@@ -1,7 +1,9 @@
 """Held-out figures from a config, and sharing weights of a run."""
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,41 +11,98 @@ from safetensors.torch import load_file, save_file
 
 import adapters  # noqa: F401
 import ldm.training.run  # noqa: F401
-from ldm import build, config
+from ldm import build, config, registry
 from ldm.training import checkpoint
 from scripts import convert, evaluate, train
+from tests.small import waken
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "configs" / "train" / "tiny"
 SIZE = ["model.vae.weights=null", "model.text.weights=null", "train.precision=fp32", "sample.batch=2"]
 HELD_OUT = "validation.data={name: synthetic, size: 16, length: 4, seed: 1, hints: [edge]}"
+BOTH = HELD_OUT.replace("[edge]", "[edge, palette]")
+TWO = "adapters={color: {name: t2i_adapter, hint: palette, vae_factor: 4}}"
 
 
 def saved(kind: str, folder: Path) -> str:
     """Random weights of one tiny model as a file."""
-    cfg = config.load(TINY / ("controlnet.yaml" if kind == "unet" else f"{kind}.yaml"), SIZE)
+    cfg = config.load(TINY / ("ldm.yaml" if kind in ("unet", "text") else f"{kind}.yaml"), SIZE)
     module = build.component(kind, {k: v for k, v in getattr(cfg.model, kind).items() if k != "weights"})
     folder.mkdir(exist_ok=True)
-    save_file(module.state_dict(), folder / f"{kind}.safetensors")
+    save_file(waken(module).state_dict(), folder / f"{kind}.safetensors")
     return str(folder / f"{kind}.safetensors")
+
+
+def with_weights(name: str, folder: Path, *overrides: str) -> list[str]:
+    """Arguments for a tiny config: files with random weights of its models, fresh ones of its adapters."""
+    args = [*SIZE, *overrides, "model.text.weights_prefix=''"]
+    args += [f"model.{kind}.weights={saved(kind, folder)}" for kind in ("unet", "vae", "text")]
+    args += ["stage.preview_steps=2", "sample.guidance.scale=2", "sample.sampler.steps=2"]
+    for adapter, module in build.denoiser(config.load(TINY / f"{name}.yaml", args)).adapters.items():
+        save_file(module.state_dict(), folder / f"{adapter}.safetensors")
+        args.append(f"adapters.{adapter}.weights={folder / adapter}.safetensors")
+    return ["--config", str(TINY / f"{name}.yaml"), *args, f"run.dir={folder}"]
+
+
+def record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "eval" / "eval.json").read_text())
 
 
 def test_adapter_figures_name_adapter_base_ceiling_and_chance(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = [*SIZE, f"model.unet.weights={saved('unet', tmp_path)}", HELD_OUT, f"run.dir={tmp_path}"]
-    args += ["stage.preview_steps=2", "sample.guidance.scale=2", "sample.sampler.steps=2"]
-    cfg = config.load(TINY / "controlnet.yaml", args)
-    adapter = build.stage(cfg).exports()["adapter"]  # fresh: zero convolutions
-    save_file(adapter.state_dict(), tmp_path / "adapter.safetensors")
-    args.append(f"adapters.edge.weights={tmp_path / 'adapter.safetensors'}")
-    evaluate.main(["--config", str(TINY / "controlnet.yaml"), *args])
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["edge_f1_items"] == 4
-    assert figures["edge_f1_adapter"] == figures["edge_f1_base"]  # a fresh ControlNet changes nothing
-    assert figures["edge_f1_ground_truth"] > figures["edge_f1_chance"]
-    assert json.loads((tmp_path / "eval" / "eval.json").read_text())["figures"] == figures
+    evaluate.main(with_weights("controlnet", tmp_path, HELD_OUT))
+    found = record(tmp_path)
+    rows = found["measures"]["edge"]["edge_f1"]
+    assert rows["edge"] == rows["base"]  # a fresh ControlNet changes nothing
+    assert rows["ground_truth"]["mean"] > rows["chance"]["mean"]
+    assert all(row["low"] <= row["mean"] <= row["high"] for row in rows.values())
+    assert (found["items"], found["seeds"], found["sampler"]["steps"]) == (4, [0, 3], 2)
+    assert list(found["figures"]) == ["loss"]
+    digest = hashlib.sha256((tmp_path / "edge.safetensors").read_bytes()).hexdigest()
+    assert found["weights"][str(tmp_path / "edge.safetensors")] == digest
     assert (tmp_path / "eval" / "grid.png").is_file()
+    table = capsys.readouterr().out
+    assert "|  | edge: edge_f1 (more) |" in table
+    assert f"| ground truth | {rows['ground_truth']['mean']:.3f} [" in table
+
+
+def test_adapters_of_several_runs_are_measured_alone_and_together(tmp_path: Path) -> None:
+    arms = "evaluation.arms={both: [sketch, color], color: {color: 1}, zero: {sketch: 0, color: 0}}"
+    evaluate.main(with_weights("t2i_adapter_sketch", tmp_path, TWO, arms, BOTH))
+    measures = record(tmp_path)["measures"]
+    assert list(measures) == ["sketch", "color"]
+    for rows in (rows for named in measures.values() for rows in named.values()):
+        assert list(rows) == ["base", "both", "color", "zero", "ground_truth", "chance"]
+        assert rows["zero"] == rows["base"]
+        assert len({rows[row]["mean"] for row in ("base", "both", "color")}) == 3
+    assert measures["color"]["palette"]["ground_truth"]["mean"] < measures["color"]["palette"]["chance"]["mean"]
+
+
+def test_an_image_prompt_is_measured_by_a_model_it_does_not_read(tmp_path: Path) -> None:
+    vit = {"name": "vit", "image_size": 16, "patch": 8, "width": 8, "layers": 1, "heads": 1}
+    save_file(registry.build("image", vit).state_dict(), tmp_path / "vit.safetensors")
+    encoder = {**vit, "weights": str(tmp_path / "vit.safetensors")}
+    measure = f"evaluation.measures.prompt={json.dumps({'name': 'clip_i', 'encoder': encoder})}"
+    data = HELD_OUT.replace("hints: [edge]", "reference: true")
+    own = f"adapters.prompt.encoder={json.dumps({**vit, 'weights': None, 'weights_prefix': ''})}"
+    evaluate.main(with_weights("ip_adapter", tmp_path, measure, data, own))
+    rows = record(tmp_path)["measures"]["prompt"]["clip_i"]
+    assert rows["ground_truth"]["mean"] == pytest.approx(1, abs=1e-6)  # each scene is its own reference
+    assert rows["prompt"] != rows["base"]
+    assert str(tmp_path / "vit.safetensors") in record(tmp_path)["weights"]
+
+
+def test_weights_that_the_config_names_win_over_those_of_the_run(tmp_path: Path) -> None:
+    args = with_weights("t2i_adapter_sketch", tmp_path, TWO, BOTH, "validation.items=2")
+    evaluate.main(args)
+    named = record(tmp_path)["measures"]
+    sketch, color = (load_file(tmp_path / f"{name}.safetensors") for name in ("sketch", "color"))
+    other = {key: torch.zeros_like(value) for key, value in color.items()}
+    files = {"adapter.sketch": sketch, "adapter.color": other}
+    checkpoint.save(tmp_path, 1, files, {"step": 1}, {"step": "1"}, keep=1)
+    evaluate.main([arg for arg in args if not arg.startswith("adapters.sketch.weights")])
+    assert record(tmp_path)["measures"] == named
 
 
 def test_the_newest_checkpoint_of_the_run_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,17 +110,16 @@ def test_the_newest_checkpoint_of_the_run_is_measured(tmp_path: Path, capsys: py
     checkpoint.save(tmp_path / "run", 3, {"model": tensors}, {"step": 3}, {"step": "3"}, keep=1)
     args = ["--config", str(TINY / "vae.yaml"), *SIZE, HELD_OUT]
     evaluate.main([*args, f"run.dir={tmp_path / 'run'}"])
-    from_run = json.loads(capsys.readouterr().out)
+    from_run = record(tmp_path / "run")["figures"]
     named = f"model.vae.weights={tmp_path / 'source' / 'vae.safetensors'}"
     evaluate.main([*args, named, f"run.dir={tmp_path / 'other'}"])
-    assert json.loads(capsys.readouterr().out) == from_run
+    assert record(tmp_path / "other")["figures"] == from_run
     assert {"psnr", "scale_factor"} <= from_run.keys()
+    assert f"| psnr | {from_run['psnr']:.4g} |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("trainable", ["[adapters.*]", "[adapters.*,unet.decoder.*]"])
-def test_an_adapter_run_is_measured_from_its_folder(
-    trainable: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_run_is_measured_from_its_folder(trainable: str, tmp_path: Path) -> None:
     base = f"model.unet.weights={saved('unet', tmp_path)}"
     args = ["--config", str(TINY / "controlnet.yaml"), *SIZE, base, f"run.dir={tmp_path / 'run'}", HELD_OUT]
     args += [
@@ -71,9 +129,12 @@ def test_an_adapter_run_is_measured_from_its_folder(
         f"train.trainable={trainable}",
     ]
     train.main([*args, "train.steps=2", "train.batch=2", "data.size=16", "data.length=4", "stage.cache=false"])
-    capsys.readouterr()
     evaluate.main(args)
-    assert json.loads(capsys.readouterr().out)["edge_f1_items"] == 4
+    found = record(tmp_path / "run")
+    files = [Path(file).name for file in found["weights"]]
+    trained = ["adapter.safetensors", "unet.safetensors"] if "unet" in trainable else ["adapter.safetensors"]
+    assert files == [*trained, "unet.safetensors"]  # the last one is the base
+    assert found["items"] == 4
 
 
 def test_a_folder_that_was_only_evaluated_can_still_be_trained(tmp_path: Path) -> None:

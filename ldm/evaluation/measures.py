@@ -1,0 +1,145 @@
+"""Measures: how well a picture does what a hint says. Each is registered under kind "measure" and one line of YAML.
+
+A measure turns pictures and hints into features that can be compared, so that every picture can be scored against every
+hint (`chance` is a picture beside the hint of its neighbour). Edge maps are taken under the autocast of the drawing, as
+they always were; colours and embeddings in float32.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm import build
+from ldm.evaluation.colour import cell_means, lab
+from ldm.evaluation.edges import edge_map
+from ldm.evaluation.fidelity import edge_f1
+from ldm.models.clip import ImageTower
+from ldm.registry import ConfigError, register
+
+BY_HINT: Mapping[str, tuple[str, ...]] = {  # hint or extractor -> its measures
+    **dict.fromkeys(("canny", "edge", "lineart", "outline", "sketch"), ("edge_f1",)),
+    **dict.fromkeys(("color", "palette"), ("palette", "palette_lab")),
+}
+
+
+class Measure(ABC):
+    """One score per item, from features of its picture and of its hint.
+
+    Attributes:
+        more_is_better: whether higher scores mean more obedience.
+    """
+
+    more_is_better: ClassVar[bool] = True
+
+    @abstractmethod
+    def picture(self, images: Tensor) -> Tensor:
+        """Features b ... of pictures b 3 h w in [0, 1]."""
+
+    def hint(self, hint: Tensor) -> Tensor:
+        """Features b ... of hints as adapters take them: maps b c h w, image prompts b m 3 h w, in [0, 1]."""
+        return self.picture(hint)
+
+    @abstractmethod
+    def score(self, pictures: Tensor, hints: Tensor) -> Tensor:
+        """Scores b of features of pictures and of hints, row by row."""
+
+
+@register("measure", "edge_f1")
+class EdgeF1(Measure):
+    """F1 of the picture's edges and the edges of a line map, matched within 1 pixel, in [0, 1]."""
+
+    def picture(self, images: Tensor) -> Tensor:
+        """Edges b 1 h w, bool; of a hint too, whose strokes have two edges each."""
+        return edge_map(images)
+
+    def score(self, pictures: Tensor, hints: Tensor) -> Tensor:
+        """See `edge_f1`."""
+        return edge_f1(pictures, hints)
+
+
+@register("measure", "palette")
+class Palette(Measure):
+    """Mean distance of cell colours in RGB, in [0, sqrt(3)]; 0 is the palette asked for."""
+
+    more_is_better = False
+
+    def __init__(self, cells: int = 8) -> None:
+        """Args: cells: per side of the picture; the paper's palette has 8."""
+        if cells < 1:
+            raise ConfigError(f"palette.cells is {cells}, must be at least 1")
+        self.cells = cells
+
+    def picture(self, images: Tensor) -> Tensor:
+        """Mean colours b n 3, n = cells squared."""
+        return cell_means(images, self.cells)
+
+    def score(self, pictures: Tensor, hints: Tensor) -> Tensor:
+        """Euclidean distance per cell, averaged over the cells."""
+        return (pictures - hints).norm(dim=-1).mean(dim=-1)
+
+
+@register("measure", "palette_lab")
+class PaletteLab(Palette):
+    """The same in CIE Lab: mean colour difference Delta E of CIE 1976; about 2.3 is just noticeable."""
+
+    def picture(self, images: Tensor) -> Tensor:
+        """Mean colours b n 3, in Lab."""
+        return lab(super().picture(images))
+
+
+@register("measure", "clip_i")
+class ClipI(Measure):
+    """Cosine between the pooled image features of picture and reference (Ye et al. 2023, section 4.1.3), in [-1, 1].
+
+    Towers of ours have no projection, so it is that of their features, whose level differs from tower to tower: read it
+    beside chance and ground truth.
+    """
+
+    def __init__(self, encoder: Mapping[str, Any]) -> None:
+        """Args: encoder: kind "image", with `weights`: a model that no adapter reads."""
+        if not encoder.get("weights"):
+            raise ConfigError("clip_i.encoder has no weights: a random network measures nothing; name a weight file")
+        self.node = encoder
+        self.tower: ImageTower = build.component("image", dict(encoder), "clip_i.encoder")
+        build.frozen(self.tower)
+
+    def picture(self, images: Tensor) -> Tensor:
+        """Unit vectors b d, in float32."""
+        self.tower.to(images.device)
+        side = (self.tower.image_size, self.tower.image_size)
+        x = images.float()
+        if x.shape[-2:] != side:
+            x = F.interpolate(x, size=side, mode="bicubic", antialias=True).clamp(0, 1)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            return F.normalize(self.tower(x * 2 - 1), dim=-1)
+
+    def hint(self, hint: Tensor) -> Tensor:
+        """The same, of the first reference of each item."""
+        return self.picture(hint[:, 0] if hint.ndim == 5 else hint)
+
+    def score(self, pictures: Tensor, hints: Tensor) -> Tensor:
+        """Cosines b."""
+        return (pictures * hints).sum(dim=-1)
+
+
+def by_hint(adapter: str, words: Iterable[str]) -> tuple[str, ...]:
+    """Names of the measures for the first word that is known.
+
+    Args:
+        adapter: its name, for the message.
+        words: what its hint is called, extractors first.
+
+    Raises: ConfigError if none is known.
+    """
+    words = list(words)
+    for word in words:
+        if word in BY_HINT:
+            return BY_HINT[word]
+    raise ConfigError(
+        f"adapter {adapter!r} has hint {' or '.join(words)}, without a known measure; known: {', '.join(BY_HINT)}; "
+        f"set evaluation.measures.{adapter}, e.g. to edge_f1, or to [] for none"
+    )
