@@ -2,12 +2,13 @@
 
 import contextlib
 import gc
+import math
 import re
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from ldm import fast
 
 Run = Callable[[], Tensor]
 SYNCS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "unique")
@@ -61,15 +64,28 @@ def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: A
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
+def _linear_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+def _conv_flops(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
 def counts(run: Run) -> Counts:
     """Count one call."""
-    attention = {
+    mapping: dict[Any, Any] = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     }
+    if fast.available():  # what prepacked layers call
+        mapping |= {
+            torch.ops.mkldnn._linear_pointwise: _linear_flops,
+            torch.ops.mkldnn._convolution_pointwise: _conv_flops,
+        }
     with _Recorder() as recorder:
         run()
-    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         run()
     seen = recorder.seen
     views = sum(n for name, n in seen.items() if name in (*VIEWS, *EMPTY))

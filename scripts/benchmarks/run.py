@@ -1,5 +1,6 @@
 """From a workload's name to its row of figures."""
 
+import dataclasses
 import gc
 import json
 import statistics
@@ -79,7 +80,7 @@ def row(name: str, options: Options) -> dict[str, Any]:
     for side, seconds in out.get("seconds", {}).items():
         out[side]["seconds"] = statistics.median(seconds)
     if work.steps and not work.trains:  # backward() itself ends a graph, on either side
-        small = work.build(setting(name, "tiny", options.device))
+        small = work.build(dataclasses.replace(setting(name, "tiny", options.device), prepack=False))
         for side in SIDES:
             out[side]["breaks"] = measure.graph_breaks(small[side])
     if options.memory:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm import generate
+from ldm import fast, generate
 from ldm.config import TrainConfig
 from ldm.control import Control
 from ldm.denoiser import Denoiser
@@ -30,12 +30,19 @@ Run = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and at which size a workload is built, and which sides ("ours", "theirs") are wanted."""
+    """Where and at which size a workload is built.
+
+    Attributes:
+        scale, device, dtype: of the networks.
+        sides: which are wanted.
+        prepack: whether our weights are laid out as sampling does it (`ldm.fast`); off for training and compiling.
+    """
 
     scale: Scale
     device: torch.device
     dtype: torch.dtype
     sides: tuple[str, ...] = ("ours", "theirs")
+    prepack: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,11 @@ class Workload:
 
 
 def ready(module: Any, setting: Setting) -> Any:
-    """Ours as `ldm.sampling` sets models up: frozen, in the dtype, channels last."""
-    return module.requires_grad_(False).eval().to(setting.dtype).to(memory_format=torch.channels_last)
+    """Ours as `ldm.sampling` sets models up: frozen, in the dtype, channels last, prepacked."""
+    module = module.requires_grad_(False).eval().to(setting.dtype).to(memory_format=torch.channels_last)
+    if setting.prepack:
+        fast.prepack(module)
+    return module
 
 
 def _both(setting: Setting, theirs: Callable[[], nn.Module], ours: Callable[[Any], Any]) -> tuple[Any, Any]:
@@ -197,7 +207,7 @@ def training_step(setting: Setting) -> dict[str, Run]:
     `ldm.training` too. A call returns the loss and the gradient norm before clipping.
     """
     scale, device, side = setting.scale, setting.device, setting.scale.picture // 8
-    locked = dataclasses.replace(setting, dtype=torch.float32)
+    locked = dataclasses.replace(setting, dtype=torch.float32, prepack=False)
     theirs, ours = _denoisers(locked, control=True)
     x0 = _noise(locked, 2, 4, side, side)
     eps = x0.roll(1, 0)
