@@ -15,7 +15,7 @@ from ldm.config import Node, RunConfig
 from ldm.control import Adapter
 from ldm.convert import slots
 from ldm.data.images import ImageData
-from ldm.denoiser import AdapterUse, Denoiser, check_blocks
+from ldm.denoiser import AdapterUse, Denoiser, check_use
 from ldm.models.clip import ImageTower
 from ldm.models.unet import UNet, UNetDecoder, UNetEncoder
 from ldm.registry import ConfigError
@@ -199,24 +199,12 @@ def denoiser(config: RunConfig) -> Denoiser:
     towers: dict[str, ImageTower] = {}
     for name, node in config.adapters.items():
         use, options = split_use(name, node)
-        check_blocks(use.blocks or {}, unet.spec)
         runtime: dict[str, Any] = {"unet": unet}
         if encoder := encoder_node(name, options):
             key = json.dumps(encoder, sort_keys=True, default=str)
             towers[key] = towers.get(key) or _tower(name, encoder)  # adapters with equal encoders share one
             runtime["tower"] = towers[key]
         adapter: Adapter[Any] = _filled("adapter", options, use.weights, f"adapters.{name}", **runtime)
-        _check_use(name, use, adapter)
+        check_use(name, use, adapter, unet.spec)
         built[name] = adapter
     return Denoiser(unet, built)
-
-
-def _check_use(name: str, use: AdapterUse, adapter: Adapter[Any]) -> None:
-    """Refuse what this adapter would leave unread. Raises: ConfigError."""
-    if not adapter.weighable and (use.scale not in (0, 1) or use.mask or use.blocks):
-        raise ConfigError(
-            f"adapters.{name} speaks through the text's own attention: its scale is {use.scale:g}, allowed: 0, 1; "
-            "mask and blocks cannot act on it: drop them"
-        )
-    if adapter.image_prompt and use.extractor is not None:
-        raise ConfigError(f"adapters.{name}.extractor is set, but its hint is a picture as it is; drop the key")

@@ -96,6 +96,14 @@ class ValidationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What evaluate.py draws and measures where there are adapters (ldm.evaluation.arms); empty = by their hints."""
+
+    measures: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # adapter -> measure, or list of them
+    arms: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # name -> adapters, or {adapter: scale}
+
+
+@dataclasses.dataclass(frozen=True)
 class GuidanceNode:
     """Classifier-free guidance (ldm.guidance.GuidanceConfig)."""
 
@@ -103,6 +111,7 @@ class GuidanceNode:
     rescale: float = 0.0  # phi in [0, 1], arXiv:2305.08891 section 3.4
     start: float = 0.0  # guided interval, fractions of sampling
     end: float = 1.0
+    image: float | None = None  # of image prompts, apart from that of the text (scale); null = together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +131,7 @@ class SampleConfig:
     sampler: Node = dataclasses.field(default_factory=lambda: {"name": "ddim", "steps": 50})
     guidance: GuidanceNode = dataclasses.field(default_factory=GuidanceNode)
     precision: str = "bf16"  # fp32 | bf16 | fp16: dtype of the models' weights while sampling
+    prepack: bool = True  # on a CPU, lay the weights out for oneDNN once (ldm.fast): the same pictures, sooner
     tile: int | None = None  # VAE decoding in tiles of this many latent pixels; null = whole
     sliced: bool = False  # VAE decoding one image at a time: the same pictures, less memory
     clip_skip: int | None = None  # 1 = tokens behind the last block of the text encoder, 2 = one before; null = its own
@@ -151,7 +161,9 @@ class RunConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    grid: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # dotted key -> values, all combinations
     out: OutConfig = dataclasses.field(default_factory=OutConfig)
 
 
@@ -214,6 +226,15 @@ def from_mapping(node: Node, source: str = "config") -> RunConfig:
         raise ConfigError(f"{source}: {getattr(error, 'full_key', '')}: {_first_line(error)}") from error
     _check_values(result, source)
     return result
+
+
+def override(config: RunConfig, values: Node, source: str) -> RunConfig:
+    """The config with dotted keys set, together, as `load` sets those of a command line. Raises: ConfigError as `load`.
+
+    Setting the `name` of a node starts its options afresh, but for those that are among the values too.
+    """
+    above = functools.reduce(_over, (_nested(key, value) for key, value in values.items()), {})
+    return from_mapping(_over(dataclasses.asdict(config), above), source)
 
 
 def dump(config: RunConfig) -> str:

@@ -126,6 +126,18 @@ def check_blocks(blocks: Mapping[str, float], spec: UNetSpec) -> None:
             raise ConfigError(f"blocks.{name} is {value!r}, must be a finite number")
 
 
+def check_use(name: str, use: AdapterUse, adapter: Adapter[Any], spec: UNetSpec) -> None:
+    """Refuse what adapter `name` would leave unread, or what this UNet does not have. Raises: ConfigError."""
+    check_blocks(use.blocks or {}, spec)
+    if not adapter.weighable and (use.scale not in (0, 1) or use.mask or use.blocks):
+        raise ConfigError(
+            f"adapters.{name} speaks through the text's own attention: its scale is {use.scale:g}, allowed: 0, 1; "
+            "mask and blocks cannot act on it: drop them"
+        )
+    if adapter.image_prompt and use.extractor is not None:
+        raise ConfigError(f"adapters.{name}.extractor is set, but its hint is a picture as it is; drop the key")
+
+
 def _plain(base: Control) -> Control:
     """What adapters are told: context and vector only."""
     return Control(context=base.context, vector=base.vector)

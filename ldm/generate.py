@@ -99,27 +99,39 @@ def images(models: Models, request: Request, sampler: Sampler, *, on_step: OnSte
     noise = ImageNoise(request.seeds, (models.vae.config.latent_channels, h, w), _home(models.denoiser)[0])
     inpainting = for_inpainting(models.denoiser.unet, models.vae, masked=request.masked)
     start = begin(request.source, models.vae, sampler.levels, noise, inpainting=inpainting)
-    guided_at = request.guidance.scale > 1
-    prompts, negatives, size, use = request.prompts, request.negatives, request.size, request.text
-    cond = condition(models.text, prompts, size, use, negatives if guided_at else None)
-    uncond = condition(models.text, negatives, size, use, prompts) if guided_at else None
-    pair = _Pair(models.denoiser, cond, uncond, len(sampler.timesteps), start)
-    pair.prepare(request.hints, request.uses, request.masks)
+    guidance = _guidance(models, request)
+    branches = _branches(models, request, guidance, len(sampler.timesteps), start)
 
     def to_prediction(output: Tensor, x_t: Tensor, t: float) -> Prediction:
         return models.schedule.predict(models.objective, output, x_t, models.schedule.a_bar_at(t))
 
     def after(i: int, x: Tensor) -> Tensor | None:
-        pair.step = i + 1
+        branches.step = i + 1
         kept = None if start.blend is None else start.blend(i, x)
         replaced = None if on_step is None else on_step(i, x if kept is None else kept)
         return kept if replaced is None else replaced
 
-    predict = guided(pair, to_prediction, request.guidance, lambda _: pair.step / pair.steps)
+    predict = guided(branches, to_prediction, guidance, lambda _: branches.step / branches.steps)
     latent = sampler.sample(predict, start.x, noise, on_step=after, start=start.index)
     with torch.autocast(latent.device.type, enabled=False):  # of a training: in its fp16 SDXL's VAE would overflow
         pictures = models.vae.from_latent(latent, request.tile, one_by_one=request.sliced)
     return pictures.float().add(1).div(2).clamp(0, 1)
+
+
+@torch.no_grad()
+def rehearse(models: Models, request: Request) -> None:
+    """Encode texts and hints and ask each adapter once, so that what does not fit is refused before anything is drawn.
+
+    Neither UNet nor VAE runs.
+
+    Raises: as `images`.
+    """
+    _check(models, request)
+    h, w = (side // models.vae.factor for side in request.size)
+    device, dtype = _home(models.denoiser)
+    x = torch.zeros(len(request.seeds), models.denoiser.unet.spec.in_channels, h, w, device=device, dtype=dtype)
+    branches = _branches(models, request, _guidance(models, request), 1, Start(x))
+    branches.control(x, 0.0, 1, branches.heard)
 
 
 def multiple_of(models: Models) -> int:
@@ -127,8 +139,30 @@ def multiple_of(models: Models) -> int:
     return models.vae.factor * models.denoiser.unet.spec.multiple
 
 
-class _Pair:
+def _guidance(models: Models, request: Request) -> GuidanceConfig:
+    """The request's guidance; the image prompt is no branch of its own where none is heard."""
+    adapters, uses = models.denoiser.adapters, request.uses
+    heard = [name for name in request.hints if name in adapters and uses.get(name, AdapterUse()).scale != 0]
+    if any(models.denoiser.adapter(name).image_prompt for name in heard):
+        return request.guidance
+    return dataclasses.replace(request.guidance, image=None)
+
+
+def _branches(models: Models, request: Request, guidance: GuidanceConfig, steps: int, start: Start) -> "_Branches":
+    """Texts and hints of a request, encoded, for all branches that its guidance needs."""
+    prompts, negatives, size, use = request.prompts, request.negatives, request.size, request.text
+    cond = condition(models.text, prompts, size, use, negatives if guidance.on else None)
+    uncond = condition(models.text, negatives, size, use, prompts) if guidance.on else None
+    branches = _Branches(models.denoiser, cond, uncond, steps, start, apart=guidance.image is not None)
+    branches.prepare(request.hints, request.uses, request.masks)
+    return branches
+
+
+class _Branches:
     """The denoiser with all that stays the same over the steps: answers with and without the condition.
+
+    The last branch has the whole condition, the others the negative text and null hints; but the middle one of three
+    has the image prompts. In guess mode an adapter speaks in the last branch alone.
 
     Adapters hear the very input of the UNet, so with an inpainting UNet the mask and masked image too; each takes the
     channels it was built for.
@@ -139,52 +173,70 @@ class _Pair:
         steps: how many there are.
     """
 
-    def __init__(self, denoiser: Denoiser, cond: Control, uncond: Control | None, steps: int, start: Start) -> None:
+    def __init__(
+        self, denoiser: Denoiser, cond: Control, uncond: Control | None, steps: int, start: Start, apart: bool = False
+    ) -> None:
+        """Args: apart: guide text and image prompts apart, with three branches."""
         self.device, self.dtype = _home(denoiser)
-        self._denoiser, self._cond = denoiser, denoiser.unet.project(cond)
+        self._denoiser = denoiser
         self.step, self.steps = start.index, steps
         self._beside = None if start.beside is None else start.beside.to(self.dtype)
-        self._stacked = None if uncond is None else Control.batch(denoiser.unet.project(uncond), self._cond)
+        self._bases = {1: denoiser.unet.project(cond)}  # k -> text of the last k branches
+        if uncond is not None:
+            negative = denoiser.unet.project(uncond)
+            for k in (2, 3) if apart else (2,):
+                self._bases[k] = Control.batch(negative, self._bases[k - 1])
         self._uses: dict[str, AdapterUse] = {}
         self._masks: dict[str, Tensor] = {}
-        self._single: dict[str, Any] = {}
-        self._doubled: dict[str, Any] = {}
+        self._ready: dict[int, dict[str, Any]] = {}  # k -> what adapters prepared for the last k branches
 
     def prepare(self, hints: Mapping[str, Tensor], uses: Mapping[str, AdapterUse], masks: Mapping[str, Tensor]) -> None:
-        """Run each adapter's once-per-image part, and double it if there are two branches."""
+        """Run each adapter's once-per-image part, and stack it for the branches that hear it."""
         self._uses = {name: uses.get(name, AdapterUse()) for name in hints}
         self._masks = {name: mask.to(self.device, self.dtype) for name, mask in masks.items()}
         heard = {n: h.to(self.device, self.dtype) for n, h in hints.items() if self._uses[n].scale != 0}
-        needed = self._denoiser.encode(heard)
-        self._single = self._denoiser.settle(single := self._denoiser.prepare(needed), self._cond)
-        if self._stacked is None:
-            return
-        shared = {n: h for n, h in needed.items() if not self._uses[n].guess}
+        needed, most = self._denoiser.encode(heard), max(self._bases)
+        told = self._denoiser.prepare(needed)
+        shared = {n: h for n, h in needed.items() if most > 1 and not self._uses[n].guess}
         nulls = {n: self._denoiser.adapter(n).null(h) for n, h in shared.items()}
-        silent = self._denoiser.prepare({n: null for n, null in nulls.items() if null is not None})
-        doubled = {n: _pair(silent.get(n, single[n]), single[n]) for n in shared}
-        self._doubled = self._denoiser.settle(doubled, self._stacked)
+        silent = told | self._denoiser.prepare({n: null for n, null in nulls.items() if null is not None})
+        for k, base in self._bases.items():
+            stacked: dict[str, Any] = {}
+            for name in told if k == 1 else shared:
+                full = max(k - 1, 1) if self._denoiser.adapter(name).image_prompt else 1
+                stacked[name] = _stack([silent[name]] * (k - full) + [told[name]] * full)
+            self._ready[k] = self._denoiser.settle(stacked, base)
 
-    def __call__(self, x_t: Tensor, t: float, both: bool) -> tuple[Tensor | None, Tensor]:
-        """See `ldm.guidance.PredictPair`: one UNet call, on 2b images if `both`, else on b."""
+    @property
+    def heard(self) -> list[str]:
+        """Adapters that have a hint and a weight."""
+        return list(self._ready[1])
+
+    def __call__(self, x_t: Tensor, t: float, guided: bool) -> tuple[Tensor, ...]:
+        """See `ldm.guidance.Branches`: one UNet call on all branches.
+
+        A middle branch is left out where no image prompt is active: it would be the unconditional one.
+        """
         x = x_t.to(self.dtype) if self._beside is None else torch.cat([x_t.to(self.dtype), self._beside], dim=1)
-        times = torch.full((len(x),), t, device=x.device)
-        active = [name for name in self._single if self._uses[name].active(self.step, self.steps)]
-        if not both or self._stacked is None:
-            return None, self._denoiser.unet(x, times, self._cond + self._said(x, times, self._cond, active))
-        guess = [name for name in active if self._uses[name].guess]
-        shared = [name for name in active if name not in guess]
-        alone = self._said(x, times, self._cond, guess)  # in guess mode the conditional half alone hears the adapter
-        x, times = torch.cat([x, x]), torch.cat([times, times])
-        control = self._stacked + self._said(x, times, self._stacked, shared) + Control.batch(Control(), alone)
-        uncond, cond = self._denoiser.unet(x, times, control).chunk(2)
-        return uncond, cond
+        active = [name for name in self.heard if self._uses[name].active(self.step, self.steps)]
+        n = max(self._bases) if guided else 1
+        if n == 3 and not any(self._denoiser.adapter(name).image_prompt for name in active):
+            n = 2
+        return self._denoiser.unet(_stack([x] * n), self._times(x, t, n), self.control(x, t, n, active)).chunk(n)
 
-    def _said(self, x: Tensor, times: Tensor, base: Control, names: Sequence[str]) -> Control:
-        """What these adapters add, on one branch or on both (then `base` is the stacked one)."""
-        prepared = self._single if base is self._cond else self._doubled
-        masks = {n: m.repeat(len(x) // len(m), 1, 1, 1) for n, m in self._masks.items() if n in names}
-        return self._denoiser.control(x, times, base, {name: prepared[name] for name in names}, self._uses, masks)
+    def control(self, x: Tensor, t: float, n: int, active: Sequence[str]) -> Control:
+        """Text and adapters for n branches; x: b c h w, input of the UNet."""
+        total = self._bases[n]
+        for k in dict.fromkeys((n, 1)):
+            if ready := {name: self._ready[k][name] for name in active if k == (1 if self._uses[name].guess else n)}:
+                masks = {name: mask.repeat(k, 1, 1, 1) for name, mask in self._masks.items() if name in ready}
+                xs, times = _stack([x] * k), self._times(x, t, k)
+                said = self._denoiser.control(xs, times, self._bases[k], ready, self._uses, masks)
+                total = total + _after_silence(said, (n - k) * len(x))
+        return total
+
+    def _times(self, x: Tensor, t: float, k: int) -> Tensor:
+        return torch.full((k * len(x),), t, device=x.device)
 
 
 def _home(denoiser: Denoiser) -> tuple[torch.device, torch.dtype]:
@@ -192,9 +244,22 @@ def _home(denoiser: Denoiser) -> tuple[torch.device, torch.dtype]:
     return first.device, first.dtype
 
 
-def _pair(uncond: Any, cond: Any) -> Any:
-    """What an adapter prepared for the two branches, every tensor (b ...) stacked, (uncond, cond)."""
-    return pytree.tree_map(lambda u, c: torch.cat([u, c]) if isinstance(c, Tensor) else c, uncond, cond)
+def _stack(parts: Sequence[Any]) -> Any:
+    """The same thing of several branches as one, every tensor (b ...) stacked."""
+    if len(parts) == 1:
+        return parts[0]
+    return pytree.tree_map(lambda *xs: torch.cat(xs) if isinstance(xs[0], Tensor) else xs[0], *parts)
+
+
+def _after_silence(said: Control, rows: int) -> Control:
+    """A Control with that many rows of zeros before its own. Raises: ValueError if it has context, or a vector."""
+    if rows == 0:
+        return said
+    if said.context is not None or said.vector is not None:
+        raise ValueError("guess is on for an adapter that speaks through context or vector: drop guess")
+    return pytree.tree_map(
+        lambda x: torch.cat([x.new_zeros(rows, *x.shape[1:]), x]) if isinstance(x, Tensor) else x, said
+    )
 
 
 def _check(models: Models, request: Request) -> None:

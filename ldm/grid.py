@@ -1,38 +1,62 @@
 """Labelled picture grids."""
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 PAD = 4
-LABEL = 14
+LABEL = 14  # height of one line of text
+HEADER_LINES = 4
+MARGIN = 170  # width of the labels beside the rows
+LETTER = 7  # about the width of one letter
 
 
-def compose(columns: Mapping[str, Tensor], scale: int = 1) -> Image.Image:
-    """Columns of images side by side, row i showing item i, each column's name above it.
+def compose(columns: Mapping[str, Tensor], scale: int = 1, rows: Sequence[str] = ()) -> Image.Image:
+    """Columns of images side by side, row i showing item i, each column's name above it, wrapped.
 
     Args:
         columns: label -> b 3 h w (or b 1 h w) in [0, 1]; all of the same b, h and w.
         scale: whole-number enlargement, nearest.
+        rows: b labels on the left, each wrapped and cut to its row's height; none leave no margin.
 
     Raises: ValueError if there are no columns or their shapes differ.
     """
     shapes = {tuple(c.shape[0:1] + c.shape[2:]) for c in columns.values()}
     if len(shapes) != 1:
         raise ValueError(f"grid columns have sizes {sorted(shapes)} (b h w); all must be the same, and at least one")
-    rows, h, w = shapes.pop()
+    count, h, w = shapes.pop()
     h, w = h * scale, w * scale
-    sheet = Image.new("RGB", (len(columns) * (w + PAD) + PAD, LABEL + rows * (h + PAD) + PAD), "white")
+    names = [_wrapped(label, w, HEADER_LINES) for label in columns]
+    left, top = MARGIN if rows else 0, LABEL * max(map(len, names)) + PAD
+    sheet = Image.new("RGB", (left + len(columns) * (w + PAD) + PAD, top + count * (h + PAD)), "white")
     draw = ImageDraw.Draw(sheet)
-    for x, (label, images) in enumerate(columns.items()):
-        draw.text((PAD + x * (w + PAD), 1), label, fill="black")
-        for y, image in enumerate(images):
+    for i, label in enumerate(rows):
+        _write(draw, PAD, top + i * (h + PAD), _wrapped(label, MARGIN, h // LABEL))
+    for i, (name, images) in enumerate(zip(names, columns.values(), strict=True)):
+        x = left + PAD + i * (w + PAD)
+        _write(draw, x, 0, name)
+        for j, image in enumerate(images):
             tile = to_pil(image).resize((w, h), Image.Resampling.NEAREST)
-            sheet.paste(tile, (PAD + x * (w + PAD), LABEL + PAD + y * (h + PAD)))
+            sheet.paste(tile, (x, top + j * (h + PAD)))
     return sheet
+
+
+def _write(draw: ImageDraw.ImageDraw, x: int, y: int, lines: Sequence[str]) -> None:
+    font = ImageFont.load_default(size=12)
+    for i, line in enumerate(lines):
+        draw.text((x, y + i * LABEL), line, "black", font)
+
+
+def _wrapped(label: str, width: int, most: int) -> list[str]:
+    """At least one line, at most `most`, of about that many pixels; PIL's own font may have no more than Latin-1."""
+    plain = label.encode("latin-1", "replace").decode("latin-1")
+    most, letters = max(most, 1), max(width // LETTER, 1)
+    lines = [line for part in plain.split("\n") for line in textwrap.wrap(part, letters) or [""]]
+    return lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1][: letters - 3]}..."]
 
 
 def save(columns: Mapping[str, Tensor], path: Path, scale: int = 2) -> None:

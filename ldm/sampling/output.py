@@ -1,9 +1,9 @@
 """The output folder of a sampling run: PNGs that say how they were made, a grid, records, the resolved config.
 
 A folder belongs to one set of settings: the first line of its `config.yaml` holds a digest of all that decides the
-pictures: models and the content of their weights, adapters, `sample:` without `batch`, prompts, seeds and the content
-of the image files. The same settings write the same files again; a folder of other settings, or with files of another
-origin, is refused before anything is written.
+pictures: models and the content of their weights, adapters, `sample:` without `batch`, `grid:`, prompts, seeds and the
+content of the image files. The same settings write the same files again; a folder of other settings, or with files of
+another origin, is refused before anything is written.
 """
 
 import contextlib
@@ -11,8 +11,8 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import os
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,11 +20,12 @@ from typing import Any, Final, cast
 
 import torch
 from omegaconf import OmegaConf
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from ldm import config as configs
 from ldm import grid
+from ldm.conditioning import TextUse
 from ldm.config import RunConfig
 from ldm.convert import files
 from ldm.data import transforms
@@ -32,30 +33,31 @@ from ldm.data.reading import read_image
 from ldm.prompts import Prompt
 from ldm.registry import ConfigError
 from ldm.sampling.plan import Item, Plan, load_image, load_mask
+from ldm.sampling.sweep import Sweep
 
 CHUNK: Final = "parameters"  # keyword of the PNG text chunk
 HEADER: Final = "# sampling digest: "
-GRID_ROWS, GRID_COLUMNS = 32, 16  # a grid shows at most this many prompts and seeds
+GRID_ROWS, GRID_COLUMNS = 32, 16  # a grid shows at most this many
 GRID_SIDE: Final = 256  # larger pictures are shrunk to this height or width in the grid
-LABEL_WIDTH: Final = 170  # pixels of the prompts beside the rows
-LETTER: Final = (7, 12)  # about the width and height of one letter of PIL's own font
+
+log = logging.getLogger(__name__)
 
 
 class Output:
     """Writes one run's files. Every rank may make one; `begin` and `finish` are for rank 0."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, sweep: Sweep) -> None:
         """Read the content of weights and image files (not yet the folder).
 
         Raises: ConfigError if one of the weights does not exist or cannot be read.
         """
-        self.folder = Path(plan.config.out.dir)
-        self._plan = plan
+        self.folder = Path(sweep.config.out.dir)
+        self._sweep, first = sweep, sweep.plans[0]
         digest = cache(file_digest)  # slots may share a file, and many prompts an image
-        self._weights = {slot: {"file": str(p), "sha256": digest(p)} for slot, p in plan.weights.items()}
-        content = [[digest(path) for path in prompt.files] for prompt in plan.prompts]
-        content += [[digest(Path(use.mask))] for use in plan.uses.values() if use.mask is not None]
-        self._digest = _digest(_decisive(plan.config), [_record(p) for p in plan.prompts], content, self._weights)
+        self._weights = {slot: {"file": str(p), "sha256": digest(p)} for slot, p in first.weights.items()}
+        content = [[digest(path) for path in prompt.files] for prompt in first.prompts]
+        content += [[digest(path)] for path in sweep.masks]
+        self._digest = _digest(_decisive(sweep.config), [_record(p) for p in first.prompts], content, self._weights)
 
     def check(self) -> None:
         """Refuse a folder that holds something else. Raises: ConfigError, naming what differs."""
@@ -75,29 +77,31 @@ class Output:
 
     def begin(self) -> None:
         """Make the folder and write `config.yaml`. Raises: ConfigError if it cannot be written."""
-        text = f"{HEADER}{self._digest}\n{configs.dump(self._plan.config)}"
+        text = f"{HEADER}{self._digest}\n{configs.dump(self._sweep.config)}"
         _write(self.folder / "config.yaml", text.encode())
 
-    def write(self, items: Sequence[Item], images: Tensor) -> None:
+    def write(self, job: Plan, items: Sequence[Item], images: Tensor) -> None:
         """Write one batch of PNGs; images: b 3 h w in [0, 1]. Raises: ConfigError if a file cannot be written."""
         for item, image in zip(items, images, strict=True):
             info, data = PngImagePlugin.PngInfo(), io.BytesIO()
-            info.add_text(CHUNK, json.dumps(self._parameters(item)), zip=True)
+            info.add_text(CHUNK, json.dumps(self._parameters(job, item)), zip=True)
             grid.to_pil(image).save(data, "PNG", pnginfo=info)
             _write(self.folder / item.file, data.getvalue())
 
-    def finish(self, cut: Mapping[str, int]) -> None:
+    def finish(self, cuts: Mapping[TextUse, Mapping[str, int]]) -> None:
         """Write `samples.jsonl` and `grid.png` from the PNGs of all ranks.
 
         Args:
-            cut: text -> tokens of it that the text encoder did not read.
+            cuts: how texts are read -> text -> tokens of it that the text encoder did not read.
 
         Raises: ConfigError if a file cannot be written.
         """
         records = [
-            {"file": item.file, "seed": item.seed} | _record(item.prompt) | {"tokens_cut": cut.get(item.prompt.text, 0)}
-            for batch in self._plan.batches()
-            for item in batch
+            {"file": item.file, "seed": item.seed}
+            | _record(item.prompt)
+            | {"tokens_cut": cuts.get(job.text, {}).get(item.prompt.text, 0)}
+            | self._combination(job, item)
+            for job, item in self._sweep.items()
         ]
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         _write(self.folder / "samples.jsonl", lines.encode())
@@ -105,23 +109,27 @@ class Output:
         self._grid().save(data, "PNG")
         _write(self.folder / "grid.png", data.getvalue())
 
-    def _parameters(self, item: Item) -> dict[str, Any]:
+    def _combination(self, job: Plan, item: Item) -> dict[str, Any]:
+        """What tells an image of a sweep from the others; nothing where there is no grid."""
+        return {"combination": self._sweep.combination(job, item)} if self._sweep.config.grid else {}
+
+    def _parameters(self, job: Plan, item: Item) -> dict[str, Any]:
         """All that made one image; its `config`, saved as a file, draws this image again."""
-        s, prompt = self._plan.config.sample, item.prompt
-        uses = {name: dataclasses.asdict(self._plan.uses[name]) for name in prompt.hints}
+        s, prompt = job.config.sample, item.prompt
+        uses = {name: dataclasses.asdict(job.uses[name]) for name in prompt.hints}
         alone = dataclasses.replace(s, prompts=[_record(prompt)], seeds=str(item.seed), hints={}, image=None, mask=None)
         return {
             "prompt": prompt.text,
             "negative": prompt.negative,
             "seed": item.seed,
-            "size": list(self._plan.size),
+            "size": list(job.size),
             "sampler": s.sampler,
             "guidance": dataclasses.asdict(s.guidance),
             "adapters": {name: use | {"hint": str(prompt.hints[name])} for name, use in uses.items()},
-            "source": _source(prompt) | {"strength": self._plan.strength},
+            "source": _source(prompt) | {"strength": job.strength},
             "weights": self._weights,
-            "config": _plain(dataclasses.replace(self._plan.config, sample=alone)),
-        }
+            "config": _plain(dataclasses.replace(job.config, sample=alone)),
+        } | self._combination(job, item)
 
     def _difference(self, file: Path) -> str:
         """What the folder's config has otherwise than this one."""
@@ -129,25 +137,22 @@ class Output:
             theirs = dict(_leaves(_decisive(configs.load(file))))
         except ConfigError:
             return "its config.yaml cannot be read"
-        ours = dict(_leaves(_decisive(self._plan.config)))
+        ours = dict(_leaves(_decisive(self._sweep.config)))
         keys = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
         return f"other {', '.join(keys[:3])}" if keys else "the content of its prompts, hints or weights has changed"
 
     def _grid(self) -> Image.Image:
-        """Rows are prompts, columns are hints, image and mask, and then the seeds."""
-        rows, seeds = self._plan.prompts[:GRID_ROWS], self._plan.seeds[:GRID_COLUMNS]
-        columns = {f"hint: {name}": _column([self._plan.shown(p, name) for p in rows]) for name in rows[0].hints}
-        if images := [load_image(p.image, self._plan.size) for p in rows if p.image is not None]:
-            columns["image"] = _column(images).add(1).div(2)
-        if masks := [load_mask(p.mask, self._plan.size) for p in rows if p.mask is not None]:
-            columns["mask"] = _column(masks).expand(-1, 3, -1, -1)
-        for seed in seeds:
-            files = [self.folder / Item(row, prompt, seed).file for row, prompt in enumerate(rows)]
-            columns[f"seed {seed}"] = _column([_read_png(file) for file in files])
+        """The sweep's rows and columns; ahead of them hints, image and mask of a row, if its pictures share them."""
+        items, labels = self._sweep.items(), self._sweep.columns
+        rows = [items[i : i + len(labels)] for i in range(0, len(items), len(labels))][:GRID_ROWS]
+        if len(rows) * len(labels) < len(items) or len(labels) > GRID_COLUMNS:
+            log.info("grid.png shows the first %d rows and %d columns", GRID_ROWS, GRID_COLUMNS)
+        columns = _conditions([row[0] for row in rows]) if self._sweep.same_conditions else {}
+        for i, label in enumerate(labels[:GRID_COLUMNS]):
+            unique = label if label not in columns else f"{label} ({i})"
+            columns[unique] = _column([_read_png(self.folder / row[i][1].file) for row in rows])
         tile = next(iter(columns.values()))
-        scale = max(1, 128 // max(tile.shape[-2:]))
-        sheet = grid.compose(columns, scale)
-        return _with_labels(sheet, [p.text for p in rows], scale * tile.shape[-2])
+        return grid.compose(columns, max(1, 128 // max(tile.shape[-2:])), self._sweep.rows[:GRID_ROWS])
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
@@ -189,7 +194,8 @@ def _source(prompt: Prompt) -> dict[str, str | None]:
 def _decisive(config: RunConfig) -> dict[str, Any]:
     """The part of a config that decides the pictures. Prompts and image files are paths in it: see `Output`."""
     whole = _plain(config)
-    return {"model": whole["model"], "adapters": whole["adapters"], "sample": whole["sample"] | {"batch": None}}
+    kept = {key: whole[key] for key in ("model", "adapters", "grid")}
+    return kept | {"sample": whole["sample"] | {"batch": None}}
 
 
 def _digest(*parts: Any) -> str:
@@ -228,6 +234,18 @@ def _read_png(path: Path) -> Tensor:
     return transforms.to_hint(transforms.resize(image, min(image.size), crop="center", hint=True))  # unchanged, [0, 1]
 
 
+def _conditions(firsts: Sequence[tuple[Plan, Item]]) -> dict[str, Tensor]:
+    """Columns of what the pictures were drawn after, one picture for each row: hints, image, mask."""
+    job, item = firsts[0]
+    prompts = [item.prompt for _, item in firsts]
+    columns = {f"hint: {n}": _column([j.shown(i.prompt, n) for j, i in firsts]) for n in item.prompt.hints}
+    if images := [load_image(p.image, job.size) for p in prompts if p.image is not None]:
+        columns["image"] = _column(images).add(1).div(2)
+    if masks := [load_mask(p.mask, job.size) for p in prompts if p.mask is not None]:
+        columns["mask"] = _column(masks).expand(-1, 3, -1, -1)
+    return columns
+
+
 def _column(images: Sequence[Tensor]) -> Tensor:
     """Stacked, b 3 h w, shrunk to the grid's largest side."""
     column = torch.stack(list(images))
@@ -236,19 +254,3 @@ def _column(images: Sequence[Tensor]) -> Tensor:
         return column
     size = [max(1, round(side * GRID_SIDE / longest)) for side in column.shape[-2:]]
     return torch.nn.functional.interpolate(column, size=size, mode="area")
-
-
-def _with_labels(sheet: Image.Image, labels: Sequence[str], height: int) -> Image.Image:
-    """The sheet with each row's text, wrapped, on its left."""
-    result = Image.new("RGB", (sheet.width + LABEL_WIDTH, sheet.height), "white")
-    result.paste(sheet, (LABEL_WIDTH, 0))
-    draw = ImageDraw.Draw(result)
-    for row, label in enumerate(labels):
-        plain = label.encode("latin-1", "replace").decode("latin-1") or '""'  # PIL's own font may have no more
-        lines = textwrap.wrap(
-            plain, LABEL_WIDTH // LETTER[0], max_lines=max(1, height // LETTER[1]), placeholder=" ..."
-        )
-        top = grid.LABEL + grid.PAD + row * (height + grid.PAD)
-        for i, line in enumerate(lines):
-            draw.text((grid.PAD, top + i * LETTER[1]), line, fill="black")
-    return result

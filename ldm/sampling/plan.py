@@ -28,16 +28,17 @@ PRECISIONS: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torc
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Item:
-    """One image to draw: prompt number `row` (negative and files resolved) with one seed."""
+    """One image to draw: prompt number `row` (negative and files resolved) with one seed, and its plan's `tag`."""
 
     row: int
     prompt: Prompt
     seed: int
+    tag: str = ""
 
     @property
     def file(self) -> str:
         """Name of its PNG."""
-        return f"{self.row:05d}_s{self.seed}.png"
+        return f"{self.row:05d}_s{self.seed}{self.tag and '_'}{self.tag}.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Plan:
         guidance: classifier-free guidance.
         uses: adapter name -> its use.
         weights: slot ("model.unet", "adapters.canny") -> weights file.
+        combination: settings that make this plan one of a sweep, by dotted key.
+        tag: their part of file names.
     """
 
     config: RunConfig
@@ -60,6 +63,8 @@ class Plan:
     guidance: GuidanceConfig
     uses: Mapping[str, AdapterUse]
     weights: Mapping[str, Path]
+    combination: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    tag: str = ""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -105,9 +110,13 @@ class Plan:
         files = {name: use.mask for name, use in self.uses.items() if use.mask is not None}
         return {name: load_mask(Path(file), self.size) for name, file in files.items()}
 
+    def item(self, row: int, seed: int) -> Item:
+        """Prompt number `row` with one seed."""
+        return Item(row, self.prompts[row], seed, self.tag)
+
     def batches(self) -> list[list[Item]]:
         """Every prompt with every seed, in batches of `sample.batch`."""
-        items = [Item(row, prompt, seed) for row, prompt in enumerate(self.prompts) for seed in self.seeds]
+        items = [self.item(row, seed) for row in range(len(self.prompts)) for seed in self.seeds]
         return [items[i : i + self.config.sample.batch] for i in range(0, len(items), self.config.sample.batch)]
 
 
@@ -125,11 +134,17 @@ def plan(config: RunConfig) -> Plan:
     if s.tile is not None and s.tile < 4:
         raise ConfigError(f"sample.tile is {s.tile} latent pixels, must be at least 4, or null for the whole image")
     build.uses(config)  # refuse a node that is no adapter before looking for its weights
-    config, weights = _pin_weights(config)
+    config, weights = pin_weights(config)
     prompts = _resolved(config, read_prompts(s.prompts))
     if s.strength is not None and prompts[0].image is None:
         raise ConfigError(f"sample.strength is {s.strength} without an image; set sample.image, or drop strength")
     guidance = GuidanceConfig(**dataclasses.asdict(s.guidance))
+    prompted = [name for name, node in config.adapters.items() if build.reference_size(name, node) is not None]
+    if guidance.image is not None and not prompts[0].hints.keys() & prompted:
+        raise ConfigError(
+            f"sample.guidance.image is {guidance.image:g}, but no prompt has an image prompt; allowed: with an "
+            "ip_adapter that has a hint; add one (adapters, sample.hints), or drop the key"
+        )
     return Plan(config, prompts, read_seeds(s.seeds), guidance, build.uses(config), weights)
 
 
@@ -241,8 +256,11 @@ def _yaml_text(path: Path) -> str:
     return f"'{quoted}'"
 
 
-def _pin_weights(config: RunConfig) -> tuple[RunConfig, dict[str, Path]]:
-    """The config with folders (of runs, of models) replaced by the file that counts in them, and those by slot."""
+def pin_weights(config: RunConfig) -> tuple[RunConfig, dict[str, Path]]:
+    """The config with folders (of runs, of models) replaced by the file that counts in them, and those by slot.
+
+    Raises: ConfigError as `build.weights_file`, and on a slot without weights.
+    """
     weights: dict[str, Path] = {}
 
     def pinned(slot: str, node: Node | None, kind: str) -> Node | None:

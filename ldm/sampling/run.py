@@ -1,4 +1,4 @@
-"""Draw what a config says: every prompt with every seed.
+"""Draw what a config says: every prompt with every seed, in every combination of its grid.
 
 Images are dealt out to the ranks in whole batches, and each depends on its own prompt, seed and hints only, so the
 files are the same for any number of ranks, and up to rounding for any `sample.batch`.
@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm import build, generate, registry
-from ldm.conditioning import count_cut
+from ldm import build, fast, generate, registry
+from ldm.conditioning import TextUse, count_cut
 from ldm.config import RunConfig
+from ldm.denoiser import check_use
 from ldm.models.unet import num_parameters
 from ldm.registry import ConfigError
 from ldm.samplers import Sampler
 from ldm.sampling.output import Output
-from ldm.sampling.plan import PRECISIONS, Item, Plan, check_pair, load_hint, load_image, load_mask, load_reference, plan
+from ldm.sampling.plan import PRECISIONS, Item, Plan, check_pair, load_hint, load_image, load_mask, load_reference
+from ldm.sampling.sweep import Sweep, expand, naming
 from ldm.source import Source, first_step, for_inpainting
 from ldm.training import distributed
 
@@ -33,27 +35,29 @@ def sample(config: RunConfig) -> Path:
     Raises: ConfigError, DataError or ValueError, in one line, on anything that does not fit.
     """
     with distributed.session(config.device) as rank:
-        job = plan(config)
-        _check_images(job)
-        sampler = _sampler(job)
-        output = Output(job)
+        sweep = expand(config)
+        _check_images(sweep)
+        samplers = _samplers(sweep)
+        output = Output(sweep)
         output.check()
-        models = load_models(job.config, rank.device)
-        _check_models(job, models)
-        cut = _report(job, models)
+        models = load_models(sweep.plans[0].config, rank.device)
+        _check_models(sweep, models)
+        _rehearse(sweep, models)
+        cuts = _report(sweep, models)
         rank.barrier()  # every rank has checked the folder before its first file is written
         if rank.main:
             output.begin()
         rank.barrier()
-        mine = job.batches()[rank.index :: rank.world]
-        with tqdm(total=sum(map(len, mine)), desc="drawing", unit="image", disable=not rank.main) as bar:
-            for batch in mine:
-                output.write(batch, draw(job, models, sampler, batch))
+        batches = [(job, s, b) for job, s in zip(sweep.plans, samplers, strict=True) for b in job.batches()]
+        mine = batches[rank.index :: rank.world]
+        with tqdm(total=sum(len(b) for *_, b in mine), desc="drawing", unit="image", disable=not rank.main) as bar:
+            for job, sampler, batch in mine:
+                output.write(job, batch, draw(job, models, sampler, batch))
                 bar.update(len(batch))
         rank.barrier()
         if rank.main:
-            output.finish(cut)
-            log.info("%d images and grid.png in %s", len(job.prompts) * len(job.seeds), output.folder)
+            output.finish(cuts)
+            log.info("%s and grid.png in %s", sweep.describe(), output.folder)
         return output.folder
 
 
@@ -62,7 +66,8 @@ def dry_run(config: RunConfig) -> str:
 
     Raises: ConfigError.
     """
-    job = plan(config)
+    sweep = expand(config)
+    job = sweep.plans[0]
     with torch.device("meta"):
         models = generate.Models(
             denoiser=build.denoiser(job.config),
@@ -71,8 +76,8 @@ def dry_run(config: RunConfig) -> str:
             schedule=build.schedule(job.config),
             objective=job.config.model.objective,
         )
-    sampler = _sampler(job)
-    _check_models(job, models)
+    steps = sorted({len(sampler.timesteps) for sampler in _samplers(sweep)})
+    _check_models(sweep, models)
     h, w = job.size
     parts = {
         "unet": models.denoiser.unet,
@@ -80,12 +85,11 @@ def dry_run(config: RunConfig) -> str:
         "text": models.text,
         **dict(models.denoiser.adapters.items()),
     }
-    masks = [Path(use.mask) for use in job.uses.values() if use.mask]
-    files = [*job.weights.values(), *masks, *(path for prompt in job.prompts for path in prompt.files)]
+    files = [*job.weights.values(), *sweep.masks, *(path for prompt in job.prompts for path in prompt.files)]
     absent = [str(path) for path in dict.fromkeys(files) if not path.exists()]
     lines = [
-        f"{len(job.prompts)} prompts x {len(job.seeds)} seeds = {len(job.prompts) * len(job.seeds)} images of {h}x{w} "
-        f"in batches of {job.config.sample.batch}, {len(sampler.timesteps)} steps each, to {job.config.out.dir}",
+        f"{sweep.describe()} of {h}x{w} in batches of {job.config.sample.batch}, "
+        f"{' or '.join(map(str, steps))} steps each, to {job.config.out.dir}",
         *(f"{name}: {num_parameters(module):,} parameters" for name, module in parts.items() if module is not None),
         *(f"not there yet: {path}" for path in absent),
     ]
@@ -103,7 +107,10 @@ def load_models(config: RunConfig, device: torch.device) -> generate.Models:
 
     def ready(module: nn.Module, dtype: torch.dtype = dtype) -> Any:
         moved = build.frozen(module).to(device, dtype)
-        return moved.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
+        moved.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
+        if config.sample.prepack:
+            fast.prepack(moved)
+        return moved
 
     return generate.Models(
         denoiser=ready(build.denoiser(config)),
@@ -116,8 +123,12 @@ def load_models(config: RunConfig, device: torch.device) -> generate.Models:
 
 def draw(job: Plan, models: generate.Models, sampler: Sampler, items: Sequence[Item]) -> Tensor:
     """One batch: b 3 h w in [0, 1]. Raises: ValueError where a hint does not fit its adapter."""
+    return generate.images(models, _request(job, items), sampler)
+
+
+def _request(job: Plan, items: Sequence[Item]) -> generate.Request:
     names = list(items[0].prompt.hints)
-    request = generate.Request(
+    return generate.Request(
         [item.prompt.text for item in items],
         [item.seed for item in items],
         job.size,
@@ -131,7 +142,6 @@ def draw(job: Plan, models: generate.Models, sampler: Sampler, items: Sequence[I
         tile=job.config.sample.tile,
         sliced=job.config.sample.sliced,
     )
-    return generate.images(models, request, sampler)
 
 
 def _source(job: Plan, items: Sequence[Item]) -> Source | None:
@@ -142,28 +152,51 @@ def _source(job: Plan, items: Sequence[Item]) -> Source | None:
     return Source(torch.stack(images), job.strength, torch.stack(masks) if masks else None)
 
 
-def _sampler(job: Plan) -> Sampler:
-    """Raises: ConfigError, also where `sample.strength` leaves no step of it."""
-    sampler: Sampler = registry.build("sampler", job.config.sample.sampler, schedule=build.schedule(job.config))
-    if job.strength is not None:
-        first_step(len(sampler.timesteps), job.strength)
-    return sampler
+def _samplers(sweep: Sweep) -> list[Sampler]:
+    """One for each plan. Raises: ConfigError, also where `sample.strength` leaves no step of it."""
+    samplers: list[Sampler] = []
+    for job in sweep.plans:
+        with naming(job.combination):
+            node, schedule = job.config.sample.sampler, build.schedule(job.config)
+            samplers.append(registry.build("sampler", node, schedule=schedule))
+            if job.strength is not None:
+                first_step(len(samplers[-1].timesteps), job.strength)
+    return samplers
 
 
-def _check_models(job: Plan, models: generate.Models) -> None:
+def _check_models(sweep: Sweep, models: generate.Models) -> None:
     """Refuse what these models cannot draw. Raises: ConfigError."""
-    job.text.check(models.text)
-    for_inpainting(models.denoiser.unet, models.vae, masked=job.prompts[0].mask is not None)
+    size, masked, unet = sweep.plans[0].size, sweep.plans[0].prompts[0].mask is not None, models.denoiser.unet
+    for_inpainting(unet, models.vae, masked=masked)
     multiple = generate.multiple_of(models)
-    if any(side % multiple for side in job.size):
-        h, w = job.size
+    if any(side % multiple for side in size):
+        h, w = size
         raise ConfigError(f"sample.height, width are {h}, {w}; must be multiples of {multiple} for these models")
+    for job in sweep.plans:
+        with naming(job.combination):
+            job.text.check(models.text)
+            for name, use in job.uses.items():
+                check_use(name, use, models.denoiser.adapter(name), unet.spec)
 
 
-def _check_images(job: Plan) -> None:
+def _rehearse(sweep: Sweep, models: generate.Models) -> None:
+    """Find what only an adapter's own answer shows: a hint, skip_scales or blocks that do not fit it."""
+    for job in sweep.plans:
+        with naming(job.combination):
+            generate.rehearse(models, _request(job, job.batches()[0][:1]))
+
+
+def _check_images(sweep: Sweep) -> None:
     """Decode every image file once, so that a bad one stops the run at once. Raises: DataError, ConfigError."""
     for load in (load_hint, load_reference, load_image, load_mask):
         load.cache_clear()  # files may have changed since an earlier run of this process
+    different = {str([(use.mask, use.extractor) for use in job.uses.values()]): job for job in sweep.plans}
+    for job in different.values():
+        with naming(job.combination):
+            _check_files(job)
+
+
+def _check_files(job: Plan) -> None:
     job.masks()
     for name in job.prompts[0].hints:
         counts = {job.hint(prompt, name).shape[:-3].numel() for prompt in job.prompts}
@@ -178,16 +211,21 @@ def _check_images(job: Plan) -> None:
             load_mask(mask, job.size)
 
 
-def _report(job: Plan, models: generate.Models) -> dict[str, int]:
-    """Log silent adapters and texts longer than the text encoder's context. Returns: text -> tokens cut."""
-    for name in job.uses.keys() - job.prompts[0].hints.keys():
+def _report(sweep: Sweep, models: generate.Models) -> dict[TextUse, dict[str, int]]:
+    """Log silent adapters and texts longer than the text encoder's context. Returns: text -> tokens cut, by its use."""
+    first = sweep.plans[0]
+    for name in first.uses.keys() - first.prompts[0].hints.keys():
         log.warning("adapter %r has no hint and stays silent; set sample.hints.%s", name, name)
     if models.text is None:
         return {}
-    negatives = [p.negative for p in job.prompts if p.negative and job.guidance.scale > 1]
-    texts = list(dict.fromkeys([*(p.text for p in job.prompts), *negatives]))
-    cut = {text: lost for text in texts if (lost := count_cut(models.text, text, job.text))}
-    for text, lost in cut.items():
-        room = models.text.towers[0].tokenizer.room
-        log.warning("prompt cut: its last %d tokens do not fit into %d: %.60r", lost, room, text)
-    return cut
+    texts: dict[TextUse, dict[str, int]] = {}
+    for job in sweep.plans:
+        negatives = [p.negative for p in job.prompts if p.negative and job.guidance.on]
+        texts.setdefault(job.text, {}).update(dict.fromkeys([*(p.text for p in job.prompts), *negatives], 0))
+    for use, counts in texts.items():
+        counts.update({text: count_cut(models.text, text, use) for text in counts})
+        for text, lost in counts.items():
+            if lost:
+                room = models.text.towers[0].tokenizer.room
+                log.warning("prompt cut: its last %d tokens do not fit into %d: %.60r", lost, room, text)
+    return texts

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from ldm import config
-from ldm.config import RunConfig, load
+from ldm.config import RunConfig, from_mapping, load, override
 from ldm.registry import ConfigError
 
 
@@ -61,6 +61,16 @@ def test_naming_another_class_starts_its_options_afresh(tmp_path: Path) -> None:
     write(tmp_path / "base.yaml", "model: {clip: {name: clip, image: {name: vit, layers: 6}}}")
     cfg = load(write(tmp_path / "a.yaml", "include: [base.yaml]\nmodel: {clip: {image: {name: swin, window: 4}}}"))
     assert cfg.model.clip == {"name": "clip", "image": {"name": "swin", "window": 4}}
+
+
+def test_override_sets_keys_together_as_a_command_line_does() -> None:
+    base = from_mapping({"sample": {"sampler": {"name": "ddim", "steps": 9, "eta": 0.5}, "strength": 0.5}})
+    assert override(base, {"sample.sampler.steps": 4}, "x").sample.sampler == {"name": "ddim", "steps": 4, "eta": 0.5}
+    other = override(base, {"sample.sampler.steps": 4, "sample.sampler.name": "heun", "sample.strength": None}, "x")
+    assert other.sample.sampler == {"name": "heun", "steps": 4}  # the other class has no eta, and neither order loses 4
+    assert other.sample.strength is None and base.sample.strength == 0.5
+    with pytest.raises(ConfigError, match=r"x: unknown key 'sample\.guidance\.scael'"):
+        override(base, {"sample.guidance.scael": 1}, "x")
 
 
 def test_null_empties_a_slot(tmp_path: Path) -> None:

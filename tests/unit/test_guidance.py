@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.guidance import GuidanceConfig, combine, guided, rescale
+from ldm.guidance import GuidanceConfig, combine, combine_apart, guided, rescale
 from ldm.registry import ConfigError
 from ldm.schedule import Prediction
 
@@ -15,9 +15,9 @@ class Pair:
     def __init__(self) -> None:
         self.asked: list[bool] = []
 
-    def __call__(self, x: Tensor, t: float, both: bool) -> tuple[Tensor | None, Tensor]:
+    def __call__(self, x: Tensor, t: float, both: bool) -> tuple[Tensor, ...]:
         self.asked.append(both)
-        return (x if both else None), x + 1
+        return (x, x + 1) if both else (x + 1,)
 
 
 def raw(output: Tensor, x_t: Tensor, t: float) -> Prediction:
@@ -64,7 +64,7 @@ def test_an_end_of_one_includes_the_very_last_step() -> None:
 
 
 def test_bf16_outputs_are_combined_in_float32() -> None:
-    def pair(x: Tensor, t: float, both: bool) -> tuple[Tensor | None, Tensor]:
+    def pair(x: Tensor, t: float, both: bool) -> tuple[Tensor, ...]:
         return x.bfloat16(), x.bfloat16() + 0.01
 
     eps = guided(pair, raw, GuidanceConfig(), lambda t: 0.0)(X, 5).eps
@@ -72,10 +72,50 @@ def test_bf16_outputs_are_combined_in_float32() -> None:
     assert torch.equal(eps, combine(cond.float(), uncond.float(), 7.5))
 
 
+def apart(x: Tensor, t: float, guided: bool) -> tuple[Tensor, ...]:
+    """A model that is linear in its conditions: an image prompt adds 10, the text 1."""
+    return (x, x + 10, x + 11) if guided else (x + 11,)
+
+
+@pytest.mark.parametrize(
+    ("text", "image", "added"),
+    [(3.0, 2.0, 23.0), (1.0, 1.0, 11.0), (0.0, 3.0, 30.0), (1.0, 4.0, 41.0), (5.0, 0.0, 5.0)],
+)
+def test_text_and_image_prompt_are_guided_apart(text: float, image: float, added: float) -> None:
+    eps = guided(apart, raw, GuidanceConfig(scale=text, image=image), lambda t: 0.0)(X, 5).eps
+    torch.testing.assert_close(eps, X + added, rtol=0, atol=2e-5)
+
+
+def test_equal_scales_are_ordinary_guidance() -> None:
+    uncond, image, cond = torch.randn(3, 2, 4, 8, 8)
+    ordinary = combine(cond, uncond, 7.5)
+    both = combine_apart(cond, image, uncond, text_scale=7.5, image_scale=7.5)
+    torch.testing.assert_close(both, ordinary, rtol=0, atol=1e-5)
+    other = combine_apart(cond, image, uncond, text_scale=7.5, image_scale=2.0)
+    assert (other - ordinary).abs().max() > 1
+
+
+def test_guidance_apart_keeps_interval_and_rescale() -> None:
+    config = GuidanceConfig(scale=1.0, image=4.0, start=0.2, end=0.6, rescale=1.0)
+    predict = guided(apart, raw, config, lambda t: (10 - t) / 10)
+    for t in range(10, 3, -1):
+        output = predict(X, t).eps
+        assert torch.equal(output, X + 11) == (t in (10, 9, 4))
+        torch.testing.assert_close(output.std((1, 2, 3)), X.std((1, 2, 3)))  # the spread of the conditional output
+
+
+def test_an_image_scale_alone_switches_guidance_on() -> None:
+    assert GuidanceConfig(scale=1.0, image=1.5).on and GuidanceConfig(scale=1.5, image=0.0).on
+    assert not GuidanceConfig(scale=1.0, image=1.0).on and not GuidanceConfig(scale=0.5).on
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"scale": -1.0}, "guidance.scale is -1.0; allowed: 0 or more"),
+        ({"scale": float("nan")}, "guidance.scale is nan; allowed: 0 or more"),
+        ({"image": -1.0}, "guidance.image is -1.0; allowed: 0 or more, or null"),
+        ({"image": float("inf")}, "guidance.image is inf"),
         ({"rescale": 1.5}, r"guidance.rescale is 1.5; allowed: 0\.\.1"),
         ({"start": 0.8, "end": 0.2}, "guidance.start, end are 0.8, 0.2; allowed: 0 <= start < end <= 1"),
     ],

@@ -298,7 +298,7 @@ def test_everything_but_the_unet_runs_once_per_image() -> None:
         module.register_forward_hook(count(name))
     x_t, _, base = latents()
     assert base.context is not None
-    pair = generate._Pair(
+    pair = generate._Branches(
         Denoiser(unet, {"a": adapter}), Control(context=base.context), Control(context=0 * base.context), 5, Start(x_t)
     )
     pair.prepare({"a": torch.rand(2, 1, 3, 16, 16)}, {}, {})
