@@ -54,6 +54,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 def session(device: str = "auto", threads: int | None = None) -> Iterator[Rank]:
     """Join the process group that torchrun's environment describes, or run alone; leave it at the end.
 
+    A group that this process is in already serves as it is, and stays: several runs may follow each other in one.
+
     Args:
         device: auto | cpu | cuda.
         threads: torch CPU threads of this process; None keeps torch's default.
@@ -65,12 +67,13 @@ def session(device: str = "auto", threads: int | None = None) -> Iterator[Rank]:
     logging.basicConfig(level=logging.INFO if rank.main else logging.ERROR, format="%(message)s")
     if rank.device.type == "cuda":
         torch.cuda.set_device(rank.device)
-    if world > 1:
+    joins = world > 1 and not dist.is_initialized()
+    if joins:
         dist.init_process_group("nccl" if rank.device.type == "cuda" else "gloo")
     try:
         yield rank
     finally:
-        if world > 1:
+        if joins:
             dist.destroy_process_group()
 
 
