@@ -115,6 +115,12 @@ def condition(
     return Control(context=context, vector=text.vector(pooled, size))
 
 
+def check_rows(text: Text, prompts: Sequence[str], use: TextUse = DEFAULT, beside: Sequence[str] | None = None) -> None:
+    """Refuse prompts that cannot share a batch, by the tokenizer alone. Raises: ConfigError as `condition`."""
+    if use.long != "cut":  # cut ones are one chunk each
+        _rows(text.towers[0].tokenizer, prompts, prompts if beside is None else beside, use)
+
+
 def count_cut(text: Text, prompt: str, use: TextUse = DEFAULT) -> int:
     """Tokens of a prompt that its encoding leaves out: those beyond the context, where `use.long` is "cut"."""
     tokenizer = text.towers[0].tokenizer

@@ -131,7 +131,7 @@ class SampleConfig:
     sampler: Node = dataclasses.field(default_factory=lambda: {"name": "ddim", "steps": 50})
     guidance: GuidanceNode = dataclasses.field(default_factory=GuidanceNode)
     precision: str = "bf16"  # fp32 | bf16 | fp16: dtype of the models' weights while sampling
-    prepack: bool = True  # on a CPU, lay the weights out for oneDNN once (ldm.fast): the same pictures, sooner
+    prepack: bool = True  # on a CPU, lay the weights out for oneDNN (ldm.fast): the same but for rounding, sooner
     tile: int | None = None  # VAE decoding in tiles of this many latent pixels; null = whole
     sliced: bool = False  # VAE decoding one image at a time: the same pictures, less memory
     clip_skip: int | None = None  # 1 = tokens behind the last block of the text encoder, 2 = one before; null = its own

@@ -58,6 +58,8 @@ class AdapterUse:
     def weigh(self, control: Control) -> Control:
         """Apply scale, guess ladder and skip scales to what the adapter said."""
         if self.guess:
+            if not control.skips and control.mid is None:
+                raise ConfigError("guess weakens skips and the middle; this adapter has neither: drop guess")
             n = len(control.skips)
             control = weigh_skips(control, [GUESS_BASE ** (n - k) for k in range(n + 1)])
         if self.skip_scales is not None:

@@ -98,7 +98,8 @@ def images(models: Models, request: Request, sampler: Sampler, *, on_step: OnSte
     h, w = (side // models.vae.factor for side in request.size)
     noise = ImageNoise(request.seeds, (models.vae.config.latent_channels, h, w), _home(models.denoiser)[0])
     inpainting = for_inpainting(models.denoiser.unet, models.vae, masked=request.masked)
-    start = begin(request.source, models.vae, sampler.levels, noise, inpainting=inpainting)
+    with torch.autocast(_home(models.denoiser)[0].type, enabled=False):  # as for decoding below
+        start = begin(request.source, models.vae, sampler.levels, noise, inpainting=inpainting)
     guidance = _guidance(models, request)
     branches = _branches(models, request, guidance, len(sampler.timesteps), start)
 
@@ -252,11 +253,9 @@ def _stack(parts: Sequence[Any]) -> Any:
 
 
 def _after_silence(said: Control, rows: int) -> Control:
-    """A Control with that many rows of zeros before its own. Raises: ValueError if it has context, or a vector."""
+    """A Control with that many rows of zeros before its own."""
     if rows == 0:
         return said
-    if said.context is not None or said.vector is not None:
-        raise ValueError("guess is on for an adapter that speaks through context or vector: drop guess")
     return pytree.tree_map(
         lambda x: torch.cat([x.new_zeros(rows, *x.shape[1:]), x]) if isinstance(x, Tensor) else x, said
     )

@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.print_config:
             print(config.dump(cfg), end="")
             return
+        if cfg.grid:
+            raise ConfigError(f"grid is for sampling; it has {', '.join(cfg.grid)}: drop it, or use scripts/sample.py")
         import adapters  # noqa: F401  registers them; slow to import, not needed for --help
         from ldm.training import estimate, run
 

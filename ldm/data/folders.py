@@ -109,6 +109,7 @@ class FolderData(ImageData):
         self._kept: dict[int, _Pixels] = {}
         self._prompts: dict[str, Tensor] = {}
         self._checked: set[Path] = set()  # references whose headers are sound
+        self._damaged: set[str] = set()  # what was wrong with references
         self.bad: dict[Path, str] = {}
         self._entries = [entry for entry in entries if self._readable(entry)]
         self._references = {entry.key: entry.references for entry in self._entries}
@@ -131,12 +132,12 @@ class FolderData(ImageData):
         raise DataError(f"none of the {self._total} images in {self.options.root} can be decoded")
 
     def _sample(self, index: int, pixels: _Pixels, generator: torch.Generator | None) -> Sample | None:
-        """None, and the entry is skipped from then on, if the image prompt it would get is damaged."""
+        """None if the image prompt that it would get is damaged: what a draw gives never depends on earlier ones."""
         o, entry = self.options, self._entries[index]
         try:
             reference = self._prompt(entry, pixels, generator)
         except DataError as error:
-            self._skip(entry, error)
+            self._leave_out(str(error))
             return None
         height, width = pixels.image.shape[-2:]
         window = draw_window(height, width, o.size, crop=o.crop, flip=o.flip, generator=generator)
@@ -157,6 +158,18 @@ class FolderData(ImageData):
         if path == entry.image and self.options.oversize == 1:  # decoded already
             return to_image(_centred(pixels.image, self.options.size))
         return self.reference(str(path))
+
+    def _leave_out(self, error: str) -> None:
+        if error in self._damaged:
+            return
+        self._damaged.add(error)
+        logger.warning("reference left out: %s", error)
+        count = len({path for entry in self._entries for path in entry.references})
+        if len(self._damaged) > self.options.max_bad * count:
+            raise DataError(
+                f"{len(self._damaged)} of {count} references cannot be read, data.max_bad is {self.options.max_bad:g}; "
+                f"last: {error}"
+            )
 
     def references(self, key: str) -> tuple[str, ...]:
         """See ImageData.references: their paths."""

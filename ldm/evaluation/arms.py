@@ -1,20 +1,21 @@
 """Arms of a comparison: the same prompts and seeds drawn with different adapters, and what is measured of them."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, cast
 
 from ldm import build, registry
 from ldm.config import RunConfig
-from ldm.denoiser import AdapterUse, Denoiser
+from ldm.denoiser import AdapterUse, Denoiser, check_use
 from ldm.evaluation.measures import ClipI, Measure, by_hint
 from ldm.registry import ConfigError, suggest
 
 BASE: Final = "base"
 CEILING, CHANCE = "ground_truth", "chance"
 ALL: Final = "all"
+KINDS: Final = {True: "image prompts", False: "maps of the picture to draw"}
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,37 @@ def plan(config: RunConfig, denoiser: Denoiser) -> Plan | None:
     Raises: ConfigError on names that do not exist, and whatever would fail only after drawing.
     """
     uses, given = build.uses(config), config.evaluation
+    _check_uses(uses, config)
     if unknown := sorted(given.measures.keys() - uses.keys()):
         raise ConfigError(f"evaluation.measures has {unknown[0]!r}, which is no adapter; {_known(unknown[0], uses)}")
-    alone = {name: [name] for name in uses}
-    arms = given.arms or alone | ({ALL: list(uses)} if len(uses) > 1 else {})
+    arms = given.arms or _usual(uses)
     drawn = {BASE: {}} | {name: _arm(name, node, uses, denoiser) for name, node in arms.items()}
-    measures = {name: _measures(name, use, config) for name, use in uses.items()}
+    measures = {name: _measures(name, use, config, denoiser) for name, use in uses.items()}
     return Plan(drawn, measures) if any(measures.values()) else None
+
+
+def _check_uses(uses: Mapping[str, AdapterUse], config: RunConfig) -> None:
+    """Refuse what sampling reads and evaluation does not: a mask, and an extractor other than the data's own."""
+    for name, use in uses.items():
+        if use.mask is not None:
+            raise ConfigError(f"adapters.{name}.mask is {use.mask}, but held-out items have no masks; drop the key")
+        given = _data_hint(use.hint or name, config)
+        if use.extractor is not None and _node(use.extractor) != _node(given):
+            raise ConfigError(
+                f"adapters.{name}.extractor is {use.extractor}, but hints come from validation.data, whose hints."
+                f"{use.hint or name} is {given}; drop the key, or set both alike"
+            )
+
+
+def _usual(uses: Mapping[str, AdapterUse]) -> dict[str, list[str]]:
+    """Each adapter alone and, of several, all together."""
+    together = {ALL: list(uses)} if len(uses) > 1 else {}
+    if taken := [name for name in uses if name in (BASE, CEILING, CHANCE, *together)]:
+        raise ConfigError(
+            f"adapters has the name {taken[0]!r}, which is that of another arm or row; rename it, or set "
+            f"evaluation.arms, e.g. to {{only_{taken[0]}: [{taken[0]}]}}"
+        )
+    return {name: [name] for name in uses} | together
 
 
 def _arm(name: str, node: Any, uses: Mapping[str, AdapterUse], denoiser: Denoiser) -> dict[str, AdapterUse]:
@@ -61,49 +86,83 @@ def _arm(name: str, node: Any, uses: Mapping[str, AdapterUse], denoiser: Denoise
         raise ConfigError(f"{where} has {unknown[0]!r}, which is no adapter; {_known(unknown[0], uses)}")
     if not isinstance(scales, Mapping):
         return {adapter: uses[adapter] for adapter in scales}
-    for adapter, scale in scales.items():
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-            raise ConfigError(f"{where}.{adapter} is {scale!r}, must be a finite number, the adapter's scale")
-        if scale not in (0, 1) and not denoiser.adapter(adapter).weighable:
-            raise ConfigError(f"{where}.{adapter} is {scale:g}; this adapter speaks through the text: allowed: 0, 1")
-    return {adapter: dataclasses.replace(uses[adapter], scale=scale) for adapter, scale in scales.items()}
+    return {
+        adapter: _scaled(f"{where}.{adapter}", adapter, uses[adapter], scale, denoiser)
+        for adapter, scale in scales.items()
+    }
 
 
-def _measures(adapter: str, use: AdapterUse, config: RunConfig) -> dict[str, Measure]:
+def _scaled(where: str, adapter: str, use: AdapterUse, scale: Any, denoiser: Denoiser) -> AdapterUse:
+    if not registry.fits(scale, float):
+        raise ConfigError(f"{where} is {scale!r}, must be a finite number, the adapter's scale")
+    try:
+        scaled = dataclasses.replace(use, scale=scale)
+        check_use(adapter, scaled, denoiser.adapter(adapter), denoiser.unet.spec)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return scaled
+
+
+def _measures(adapter: str, use: AdapterUse, config: RunConfig, denoiser: Denoiser) -> dict[str, Measure]:
     """The measures of one adapter's hint, by name."""
-    wanted = config.evaluation.measures.get(adapter)
-    encoder = build.encoder_node(adapter, config.adapters[adapter])
-    if wanted is None and encoder is not None:
+    wanted, where = config.evaluation.measures.get(adapter), f"evaluation.measures.{adapter}"
+    prompted = denoiser.adapter(adapter).image_prompt
+    if wanted is None and prompted:
         raise ConfigError(
-            f"adapter {adapter!r} takes image prompts, measured by clip_i with a model that it does not read: set "
-            f"evaluation.measures.{adapter}, e.g. to {{name: clip_i, encoder: {{...}}}}, or to [] for none"
+            f"adapter {adapter!r} takes image prompts, measured by clip_i with a model that no adapter reads: set "
+            f"{where}, e.g. to {{name: clip_i, encoder: {{...}}}}, or to [] for none"
         )
     if wanted is None:
-        wanted = by_hint(adapter, _words(adapter, use, config))
+        wanted = by_hint(adapter, _words(use.hint or adapter, config))
     found: dict[str, Measure] = {}
     for item in wanted if isinstance(wanted, list | tuple) else [wanted]:
-        node = item if isinstance(item, Mapping) else {"name": item}
-        measure: Measure = registry.build("measure", cast("Mapping[str, Any]", node))
-        if isinstance(measure, ClipI) and encoder is not None and _same(measure.node, encoder):
-            raise ConfigError(
-                f"evaluation.measures.{adapter}: clip_i.encoder is {encoder['weights']}, which the adapter reads too; "
-                "must be another model: name its weights"
-            )
-        found[str(node["name"])] = measure
+        node = _node(item)
+        measure: Measure = registry.build("measure", node)
+        name = str(node["name"])
+        if name in found:
+            raise ConfigError(f"{where} has {name} twice, but figures go by name; keep one")
+        if measure.image_prompt != prompted:
+            reads, brings = (KINDS[kind] for kind in (measure.image_prompt, prompted))
+            raise ConfigError(f"{where} is {name}, which reads {reads}; the adapter takes {brings}: name another")
+        if isinstance(measure, ClipI):
+            _check_independent(where, measure, config)
+        found[name] = measure
     return found
 
 
-def _words(adapter: str, use: AdapterUse, config: RunConfig) -> list[str]:
-    """What an adapter's hint is called: by its extractor, by the data's extractor, by name."""
-    hint = use.hint or adapter
+def _check_independent(where: str, measure: ClipI, config: RunConfig) -> None:
+    """Refuse a tower that one of the adapters reads too, however its file is spelled."""
+    judge = _tower(measure.node, f"{where}.encoder")
+    for name, node in config.adapters.items():
+        encoder = build.encoder_node(name, node)
+        if encoder is not None and _tower(encoder, f"adapters.{name}.encoder") == judge:
+            raise ConfigError(
+                f"{where}: clip_i.encoder is {measure.node['weights']}, which adapter {name!r} reads too; "
+                "must be another model: name its weights"
+            )
+
+
+def _tower(node: Mapping[str, Any], slot: str) -> tuple[Path | None, str]:
+    """What tells one image encoder from another: its weight file, and which part of it."""
+    file = build.weights_file("image", dict(node), slot)
+    return file.resolve() if file else None, node.get("weights_prefix", "")
+
+
+def _words(hint: str, config: RunConfig) -> list[str]:
+    """What a hint is called: by the data's extractor, by name."""
+    named = _node(_data_hint(hint, config)).get("name")
+    return [*dict.fromkeys(str(word) for word in (named, hint) if word is not None)]
+
+
+def _data_hint(hint: str, config: RunConfig) -> Any:
+    """What the held-out data says of a hint; None where that has no options."""
     hints = (config.validation.data or {}).get("hints")
-    nodes = (use.extractor, hints.get(hint) if isinstance(hints, Mapping) else None)
-    named = [node.get("name") if isinstance(node, Mapping) else node for node in nodes]
-    return [*dict.fromkeys(str(word) for word in (*named, hint) if word is not None)]
+    return cast("Mapping[str, Any]", hints).get(hint) if isinstance(hints, Mapping) else None
 
 
-def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    return all(a.get(key) == b.get(key) for key in ("weights", "weights_prefix"))
+def _node(value: Any) -> dict[str, Any]:
+    """A registered name with its options, whether it was written with any or alone."""
+    return dict(cast("Mapping[str, Any]", value)) if isinstance(value, Mapping) else {"name": value}
 
 
 def _known(word: str, uses: Mapping[str, AdapterUse]) -> str:

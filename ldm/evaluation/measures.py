@@ -31,16 +31,18 @@ class Measure(ABC):
 
     Attributes:
         more_is_better: whether higher scores mean more obedience.
+        image_prompt: whether it reads image prompts or maps of the picture to draw, as `Adapter.image_prompt`.
     """
 
     more_is_better: ClassVar[bool] = True
+    image_prompt: ClassVar[bool] = False
 
     @abstractmethod
     def picture(self, images: Tensor) -> Tensor:
         """Features b ... of pictures b 3 h w in [0, 1]."""
 
     def hint(self, hint: Tensor) -> Tensor:
-        """Features b ... of hints as adapters take them: maps b c h w, image prompts b m 3 h w, in [0, 1]."""
+        """Features b ... of hints as adapters take them, in [0, 1]: maps b c h w, or image prompts b m 3 h w."""
         return self.picture(hint)
 
     @abstractmethod
@@ -99,6 +101,8 @@ class ClipI(Measure):
     beside chance and ground truth.
     """
 
+    image_prompt = True
+
     def __init__(self, encoder: Mapping[str, Any]) -> None:
         """Args: encoder: kind "image", with `weights`: a model that no adapter reads."""
         if not encoder.get("weights"):
@@ -119,7 +123,7 @@ class ClipI(Measure):
 
     def hint(self, hint: Tensor) -> Tensor:
         """The same, of the first reference of each item."""
-        return self.picture(hint[:, 0] if hint.ndim == 5 else hint)
+        return self.picture(hint[:, 0])
 
     def score(self, pictures: Tensor, hints: Tensor) -> Tensor:
         """Cosines b."""
@@ -131,7 +135,7 @@ def by_hint(adapter: str, words: Iterable[str]) -> tuple[str, ...]:
 
     Args:
         adapter: its name, for the message.
-        words: what its hint is called, extractors first.
+        words: what its hint is called, the data's extractor first.
 
     Raises: ConfigError if none is known.
     """

@@ -14,6 +14,7 @@ from ldm.evaluation.arms import CEILING, CHANCE, Plan
 from ldm.evaluation.intervals import Interval, bootstrap
 from ldm.evaluation.measures import Measure
 from ldm.guidance import GuidanceConfig
+from ldm.registry import ConfigError
 from ldm.samplers import Sampler
 from ldm.training.diffusion import DiffusionStage
 
@@ -27,7 +28,7 @@ class Obedience:
 
     Attributes:
         rows: adapter -> measure -> row -> mean score with interval. Rows are the arms, `ground_truth` (the real
-            pictures beside their own hints) and `chance` (beside the hint of the next item).
+            pictures beside their own hints) and, from two items on, `chance` (beside the hint of the next item).
         columns: pictures of the first items by label, n 3 h w or n 1 h w in [0, 1].
         items: how many were drawn per arm.
     """
@@ -38,27 +39,39 @@ class Obedience:
 
 
 class _Tally:
-    """Scores of one measure of one adapter, batch by batch."""
+    """Scores of one measure of one adapter, batch by batch; what it keeps of the pictures is of two items."""
 
     def __init__(self, measure: Measure) -> None:
         self.measure = measure
-        self._scores: dict[str, list[Tensor]] = {}
-        self._real: list[Tensor] = []  # features of all real pictures and hints: chance pairs neighbours
-        self._wanted: list[Tensor] = []
+        self._drawn: dict[str, list[Tensor]] = {}
+        self._ceiling: list[Tensor] = []
+        self._chance: list[Tensor] = []
+        self._wanted: Tensor  # features of this batch's hints
+        self._first: Tensor  # of the first item's hint
+        self._last: Tensor | None = None  # of the newest real picture
 
-    def add(self, drawn: Mapping[str, Tensor], real: Tensor, hint: Tensor) -> None:
-        """One batch: arm -> pictures b 3 h w, the real ones, and the adapter's hint, all in [0, 1]."""
-        wanted = self.measure.hint(hint)
-        for arm, images in drawn.items():
-            self._scores.setdefault(arm, []).append(self.measure.score(self.measure.picture(images), wanted))
-        self._real.append(self.measure.picture(real))
-        self._wanted.append(wanted)
+    def start(self, real: Tensor, hint: Tensor) -> None:
+        """A batch's real pictures b 3 h w and the adapter's hint, in [0, 1]: they are scored, arms may follow."""
+        pictures, wanted = self.measure.picture(real), self.measure.hint(hint)
+        if self._last is None:
+            self._first = wanted[:1].clone()
+        before = pictures[-1:] if self._last is None else self._last  # the first item's neighbour is the last of all
+        self._ceiling.append(self.measure.score(pictures, wanted))
+        self._chance.append(self.measure.score(torch.cat([before, pictures[:-1]]), wanted))
+        self._last, self._wanted = pictures[-1:].clone(), wanted
+
+    def add(self, arm: str, images: Tensor) -> None:
+        """Pictures b 3 h w in [0, 1] that an arm drew for the batch."""
+        self._drawn.setdefault(arm, []).append(self.measure.score(self.measure.picture(images), self._wanted))
 
     def rows(self) -> Rows:
-        real, wanted = torch.cat(self._real), torch.cat(self._wanted)
-        scores = {arm: torch.cat(parts) for arm, parts in self._scores.items()}
-        scores[CEILING] = self.measure.score(real, wanted)
-        scores[CHANCE] = self.measure.score(real.roll(1, 0), wanted)
+        """Means and intervals; no chance below two items, which have no neighbour, and nothing without items."""
+        if self._last is None:
+            return {}
+        scores = {arm: torch.cat(parts) for arm, parts in self._drawn.items()} | {CEILING: torch.cat(self._ceiling)}
+        if len(scores[CEILING]) > 1:
+            first = self.measure.score(self._last, self._first)
+            scores[CHANCE] = torch.cat([first, torch.cat(self._chance)[1:]])
         return {row: bootstrap(values) for row, values in scores.items()}
 
 
@@ -95,23 +108,31 @@ def obedience(
         draw: see `drawer`.
         seed: of item 0; item i is drawn with seed + i in every arm.
         pictures: how many items to keep for a grid.
+
+    Raises: ConfigError, before anything is drawn, if a measure cannot read its adapter's hint.
     """
-    tallies = {a: {name: _Tally(m) for name, m in measures.items()} for a, measures in plan.measures.items()}
+    tallies = {(a, name): _Tally(m) for a, measures in plan.measures.items() for name, m in measures.items()}
     columns: dict[str, list[Tensor]] = {}
     seen = 0
     for batch in batches:
-        given = hints(batch)
-        drawn = {arm: draw(batch, given, uses, seed + seen) for arm, uses in plan.arms.items()}
-        real = batch.image.float() * 0.5 + 0.5
-        for adapter, measures in tallies.items():
-            for tally in measures.values():
-                tally.add(drawn, real, given[adapter])
-        if seen < pictures:
-            shown = {f"hint: {adapter}": hint for adapter, hint in given.items()} | drawn | {"ground truth": real}
-            for label, images in shown.items():
-                columns.setdefault(label, []).append(_tile(images[: pictures - seen], real))
+        given, real = hints(batch), batch.image.float() * 0.5 + 0.5
+        for (adapter, name), tally in tallies.items():
+            try:
+                tally.start(real, given[adapter])
+            except ValueError as error:
+                where = f"evaluation.measures.{adapter}: {name} cannot read this hint or these pictures"
+                raise ConfigError(f"{where}: {error}; name another measure") from error
+        shown = {f"hint: {adapter}": hint for adapter, hint in given.items()} if seen < pictures else {}
+        for arm, uses in plan.arms.items():
+            images = draw(batch, given, uses, seed + seen)
+            for tally in tallies.values():
+                tally.add(arm, images)
+            if seen < pictures:
+                shown[arm] = images
+        for label, images in (shown | {"ground truth": real} if shown else {}).items():
+            columns.setdefault(label, []).append(_tile(images[: pictures - seen], real))
         seen += len(batch.keys)
-    rows = {adapter: {name: tally.rows() for name, tally in ts.items()} for adapter, ts in tallies.items()}
+    rows = {a: {name: tallies[a, name].rows() for name in measures} for a, measures in plan.measures.items()}
     return Obedience(rows, {label: torch.cat(parts) for label, parts in columns.items()}, seen)
 
 

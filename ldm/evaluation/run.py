@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from contextlib import nullcontext
+import tempfile
 from pathlib import Path
 
 import torch
@@ -17,10 +17,10 @@ from ldm.evaluation.arms import Plan, plan
 from ldm.evaluation.obedience import Obedience, drawer, obedience
 from ldm.evaluation.report import Evaluation
 from ldm.guidance import GuidanceConfig
+from ldm.precision import autocast
 from ldm.registry import ConfigError
 from ldm.training import checkpoint, distributed
 from ldm.training.diffusion import DiffusionStage
-from ldm.training.loop import PRECISIONS
 from ldm.training.stage import Stage, choose_trainable
 
 PICTURES = 8
@@ -34,8 +34,11 @@ def evaluate(config: RunConfig) -> Evaluation:
     are adapters, the measures of every adapter's hint (`ldm.evaluation.measures`) on every arm
     (`ldm.evaluation.arms`): the same captions and seeds, drawn as `sample.sampler` and `sample.guidance` say.
 
-    Raises: ConfigError if the config has no stage, no held-out data or no weights, or `evaluation:` does not fit.
+    Raises: ConfigError if the config has no stage, no held-out data, no weights or a `grid:`, `evaluation:` does not
+        fit, or the folder cannot be written.
     """
+    if config.grid:
+        raise ConfigError(f"grid has {', '.join(config.grid)}, but only sample.py sweeps; drop it for evaluation.arms")
     with distributed.session(config.device, config.train.threads) as rank:
         if rank.world > 1:
             raise ConfigError(f"evaluation runs on one rank, torchrun started {rank.world}; use plain python")
@@ -47,19 +50,28 @@ def evaluate(config: RunConfig) -> Evaluation:
         build.frozen(stage).to(rank.device)
         stage.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
         data = build.data(config.validation.data, "validation.data")
-        autocast = PRECISIONS[config.train.precision]
-        with torch.autocast(rank.device.type, dtype=autocast, enabled=True) if autocast else nullcontext():
+        out = _folder(Path(config.run.dir) / "eval")
+        with autocast(config.train.precision, rank.device):
             batches = held_out(data, config.validation.items, config.sample.batch, rank.device)
             report = stage.validate(batches, 0 if measured else PICTURES, config.seed)
             found = _obedience(adapted, measured, data, config, rank.device) if adapted and measured else None
     columns = found.columns if found else report.columns
     result = Evaluation(config, report.figures, measured, found, trained)
-    _write(result, columns, Path(config.run.dir) / "eval")
+    _write(result, columns, out)
     return result
 
 
+def _folder(out: Path) -> Path:
+    """The folder, made and tried out. Raises: ConfigError if nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return out
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written ({error.strerror}); choose another run.dir") from error
+
+
 def _write(result: Evaluation, columns: dict[str, Tensor], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     (out / "eval.json").write_text(json.dumps(result.record(), indent=1), encoding="utf-8")
     if columns:
         grid.save(columns, out / "grid.png")

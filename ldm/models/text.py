@@ -263,7 +263,8 @@ class TextEncoder(Text):
     @property
     def whole(self) -> bool:
         """Whether the last block has weights: zeros stand for it where a file leaves it out (`ldm.convert.slots`)."""
-        return bool(self.get_parameter(f"transformer.resblocks.{self.config.layers - 1}.ln_1.weight").any())
+        weight = self.get_parameter(f"transformer.resblocks.{self.config.layers - 1}.ln_1.weight")
+        return weight.is_meta or bool(weight.any())  # without memory nothing is missing yet
 
     def skipped(self, clip_skip: int | None) -> int:
         """Blocks left out at the end: `clip_skip` - 1, or as `config.layer` says where it is None."""

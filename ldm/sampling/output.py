@@ -1,9 +1,9 @@
 """The output folder of a sampling run: PNGs that say how they were made, a grid, records, the resolved config.
 
 A folder belongs to one set of settings: the first line of its `config.yaml` holds a digest of all that decides the
-pictures: models and the content of their weights, adapters, `sample:` without `batch`, `grid:`, prompts, seeds and the
-content of the image files. The same settings write the same files again; a folder of other settings, or with files of
-another origin, is refused before anything is written.
+pictures: models and the content of their weights, adapters, `sample:` without what changes rounding alone
+(`INDIFFERENT`), `grid:`, prompts, seeds and the content of the image files. The same settings write the same files
+again; a folder of other settings, or with files of another origin, is refused before anything is written.
 """
 
 import contextlib
@@ -37,6 +37,7 @@ from ldm.sampling.sweep import Sweep
 
 CHUNK: Final = "parameters"  # keyword of the PNG text chunk
 HEADER: Final = "# sampling digest: "
+INDIFFERENT: Final = ("batch", "prepack", "sliced")  # keys of `sample:` for speed and memory
 GRID_ROWS, GRID_COLUMNS = 32, 16  # a grid shows at most this many
 GRID_SIDE: Final = 256  # larger pictures are shrunk to this height or width in the grid
 
@@ -195,7 +196,7 @@ def _decisive(config: RunConfig) -> dict[str, Any]:
     """The part of a config that decides the pictures. Prompts and image files are paths in it: see `Output`."""
     whole = _plain(config)
     kept = {key: whole[key] for key in ("model", "adapters", "grid")}
-    return kept | {"sample": whole["sample"] | {"batch": None}}
+    return kept | {"sample": whole["sample"] | dict.fromkeys(INDIFFERENT)}
 
 
 def _digest(*parts: Any) -> str:

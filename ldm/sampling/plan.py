@@ -120,8 +120,12 @@ class Plan:
         return [items[i : i + self.config.sample.batch] for i in range(0, len(items), self.config.sample.batch)]
 
 
-def plan(config: RunConfig) -> Plan:
+def plan(config: RunConfig, weights: Mapping[str, Path] | None = None) -> Plan:
     """Check what can be checked without models, and resolve prompts, seeds, image files and weights.
+
+    Args:
+        config: as given, or as `pin_weights` gives it.
+        weights: what `pin_weights` gave with it; None if it was not called.
 
     Raises: ConfigError.
     """
@@ -133,8 +137,8 @@ def plan(config: RunConfig) -> Plan:
         raise ConfigError(f"sample.precision is {s.precision!r}; allowed: {', '.join(PRECISIONS)}")
     if s.tile is not None and s.tile < 4:
         raise ConfigError(f"sample.tile is {s.tile} latent pixels, must be at least 4, or null for the whole image")
-    build.uses(config)  # refuse a node that is no adapter before looking for its weights
-    config, weights = pin_weights(config)
+    if weights is None:
+        config, weights = pin_weights(config)
     prompts = _resolved(config, read_prompts(s.prompts))
     if s.strength is not None and prompts[0].image is None:
         raise ConfigError(f"sample.strength is {s.strength} without an image; set sample.image, or drop strength")
@@ -259,8 +263,9 @@ def _yaml_text(path: Path) -> str:
 def pin_weights(config: RunConfig) -> tuple[RunConfig, dict[str, Path]]:
     """The config with folders (of runs, of models) replaced by the file that counts in them, and those by slot.
 
-    Raises: ConfigError as `build.weights_file`, and on a slot without weights.
+    Raises: ConfigError as `build.uses` and `build.weights_file`, and on a slot without weights.
     """
+    build.uses(config)  # refuse a node that is no adapter before looking for its weights
     weights: dict[str, Path] = {}
 
     def pinned(slot: str, node: Node | None, kind: str) -> Node | None:

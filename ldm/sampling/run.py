@@ -1,7 +1,8 @@
 """Draw what a config says: every prompt with every seed, in every combination of its grid.
 
 Images are dealt out to the ranks in whole batches, and each depends on its own prompt, seed and hints only, so the
-files are the same for any number of ranks, and up to rounding for any `sample.batch`.
+files are the same for any number of ranks, and up to rounding for any `sample.batch`. With `sample.prepack` both are up
+to rounding: each rank's first batch decides its layout.
 """
 
 import logging
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm import build, fast, generate, registry
-from ldm.conditioning import TextUse, count_cut
+from ldm.conditioning import TextUse, check_rows, count_cut
 from ldm.config import RunConfig
 from ldm.denoiser import check_use
+from ldm.models.text import Text
 from ldm.models.unet import num_parameters
 from ldm.registry import ConfigError
 from ldm.samplers import Sampler
@@ -43,6 +45,8 @@ def sample(config: RunConfig) -> Path:
         models = load_models(sweep.plans[0].config, rank.device)
         _check_models(sweep, models)
         _rehearse(sweep, models)
+        if sweep.config.sample.prepack:  # after the rehearsal: layouts are for the sizes of the first call
+            _prepack(models)
         cuts = _report(sweep, models)
         rank.barrier()  # every rank has checked the folder before its first file is written
         if rank.main:
@@ -108,8 +112,6 @@ def load_models(config: RunConfig, device: torch.device) -> generate.Models:
     def ready(module: nn.Module, dtype: torch.dtype = dtype) -> Any:
         moved = build.frozen(module).to(device, dtype)
         moved.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
-        if config.sample.prepack:
-            fast.prepack(moved)
         return moved
 
     return generate.Models(
@@ -119,6 +121,12 @@ def load_models(config: RunConfig, device: torch.device) -> generate.Models:
         schedule=build.schedule(config),
         objective=config.model.objective,
     )
+
+
+def _prepack(models: generate.Models) -> None:
+    for module in (models.denoiser, models.vae, models.text):
+        if module is not None:
+            fast.prepack(module)
 
 
 def draw(job: Plan, models: generate.Models, sampler: Sampler, items: Sequence[Item]) -> Tensor:
@@ -177,11 +185,33 @@ def _check_models(sweep: Sweep, models: generate.Models) -> None:
             job.text.check(models.text)
             for name, use in job.uses.items():
                 check_use(name, use, models.denoiser.adapter(name), unet.spec)
+    if models.text is not None:
+        _check_texts(sweep, models.text)
+
+
+def _check_texts(sweep: Sweep, text: Text) -> None:
+    """Refuse prompts that cannot share their batch. Raises: ConfigError."""
+    seen: set[tuple[Any, ...]] = set()
+    for job in sweep.plans:
+        for batch in job.batches():
+            prompts = tuple(item.prompt.text for item in batch)
+            negatives = tuple(item.prompt.negative or "" for item in batch) if job.guidance.on else None
+            if (key := (job.text, prompts, negatives)) not in seen:
+                seen.add(key)
+                with naming(job.combination):
+                    check_rows(text, prompts, job.text, negatives)
 
 
 def _rehearse(sweep: Sweep, models: generate.Models) -> None:
-    """Find what only an adapter's own answer shows: a hint, skip_scales or blocks that do not fit it."""
+    """Find what only an adapter's own answer shows: a hint, skip_scales or blocks that do not fit it.
+
+    Once for all plans that ask the same of texts and adapters.
+    """
+    different: dict[str, Plan] = {}
     for job in sweep.plans:
+        asked = (job.uses, job.text, job.prompts[0], job.guidance.on, job.guidance.image is None)
+        different.setdefault(repr(asked), job)
+    for job in different.values():
         with naming(job.combination):
             generate.rehearse(models, _request(job, job.batches()[0][:1]))
 

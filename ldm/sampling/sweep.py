@@ -97,20 +97,41 @@ def expand(config: RunConfig) -> Sweep:
     settings = {key: values for key, values in config.grid.items() if key not in ITEMS}
     items = {key: values for key, values in config.grid.items() if key in ITEMS}
     combinations, _ = sweep.combinations(settings), sweep.combinations(items)
-    base = dataclasses.replace(config, grid={})
-    if "prompt" in items:
-        base = configs.override(base, {"sample.prompts": items["prompt"]}, "grid")
-    if "seed" in items:
-        base = configs.override(base, {"sample.seeds": ",".join(map(str, items["seed"]))}, "grid")
+    config, weights = pin_weights(config)
+    base = _base(config)
     plans: list[Plan] = []
     for combination, tag in zip(combinations, sweep.file_names(combinations), strict=True):
         with naming(combination):
-            job = plan(configs.override(base, combination, "sampling") if combination else base)
+            job = plan(_combined(base, combination), weights)
         plans.append(dataclasses.replace(job, combination=combination, tag=tag))
         images = len(combinations) * len(job.prompts) * len(job.seeds)
         if config.grid and images > sweep.MAX:
             raise ConfigError(f"grid asks for {images:,} images, allowed: up to {sweep.MAX:,}; drop values or an axis")
-    return Sweep(pin_weights(config)[0], tuple(plans), _axes(config.grid, plans[0]))
+    return Sweep(config, tuple(plans), _axes(config.grid, plans[0]))
+
+
+def _base(config: RunConfig) -> RunConfig:
+    """What all combinations share: the grid's prompts and seeds, and nothing that they set of adapters.
+
+    A mapping (`blocks`) of the grid would else be merged with the config's own.
+    """
+    if not config.grid:
+        return config
+    values: dict[str, Any] = {key: None for key in config.grid if key.startswith("adapters.")}
+    if "prompt" in config.grid:
+        values["sample.prompts"] = config.grid["prompt"]
+    if "seed" in config.grid:
+        values["sample.seeds"] = ",".join(map(str, config.grid["seed"]))
+    return configs.override(dataclasses.replace(config, grid={}), values, "grid")
+
+
+def _combined(base: RunConfig, combination: Mapping[str, Any]) -> RunConfig:
+    """The config with one combination set; a sampler takes as many steps as the config's own, unless it sets them."""
+    if not combination:
+        return base
+    steps = base.sample.sampler.get("steps")
+    kept = {} if steps is None else {"sample.sampler.steps": steps}
+    return configs.override(base, kept | dict(combination), "sampling")
 
 
 @contextlib.contextmanager

@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ldm import build, registry
 from ldm.config import RunConfig
 from ldm.data.images import Batch
+from ldm.precision import DTYPES, autocast
 from ldm.registry import ConfigError
 from ldm.training import clip, diffusion, optim, stream, vae  # noqa: F401  (stages register on import)
 from ldm.training.draws import Draws
-from ldm.training.loop import PRECISIONS
 from ldm.training.stage import Stage, choose_trainable, networks, store_frozen
 
 MIB = 2**20
@@ -65,16 +65,17 @@ def meta_stage(config: RunConfig) -> Stage:
     with torch.device("meta"):
         stage = build.stage(config)
     choose_trainable(stage, config.train.trainable)
-    store_frozen(stage, PRECISIONS[config.train.precision])
+    store_frozen(stage, DTYPES[config.train.precision])
     return stage
 
 
 def estimate(config: RunConfig, stage: Stage) -> Memory:
     """Training memory of a meta stage. Raises: ConfigError if the data does not fit the models."""
+    held = nn.ModuleDict(networks(stage))  # counts what several adapters share once
     trained = _bytes(p for p in stage.parameters() if p.requires_grad)
     averaged = _bytes(p for p in stage.trained.parameters() if p.requires_grad)
     return Memory(
-        weights=sum(_bytes([*net.parameters(), *net.buffers()]) for net in networks(stage).values()),
+        weights=_bytes([*held.parameters(), *held.buffers()]),
         gradients=trained,
         adamw_state=2 * trained,
         ema=averaged if config.train.ema else 0,
@@ -132,9 +133,8 @@ def kept_for_backward(config: RunConfig, stage: Stage, batch: Batch, player: str
     Works on fake and on real tensors. The step is the run's last, when every term of the loss is in play.
     """
     device = batch.image.device
-    dtype = PRECISIONS[config.train.precision]
     draws = Draws(config.seed, range(len(batch.keys)), device)
-    with _saved_storages() as sizes, torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+    with _saved_storages() as sizes, autocast(config.train.precision, device):
         loss = stage(batch, draws, player, config.train.steps - 1)
         own = {_address(t) for t in [*stage.parameters(), *stage.buffers()]}
         kept = sum(storage.nbytes() for address, storage in sizes.items() if address not in own)

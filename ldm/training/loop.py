@@ -17,6 +17,7 @@ from ldm import grid
 from ldm.config import RunConfig
 from ldm.data import subset
 from ldm.data.images import ImageData
+from ldm.precision import DTYPES, autocast
 from ldm.registry import ConfigError
 from ldm.training import checkpoint, optim, stream
 from ldm.training import state as state_module
@@ -28,7 +29,6 @@ from ldm.training.stage import Stage, choose_trainable, networks, store_frozen
 from ldm.training.state import State
 
 log = logging.getLogger(__name__)
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData | None, rank: Rank) -> Path:
@@ -47,7 +47,7 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
     folder = Path(config.run.dir)
     state = _start(config, stage, folder, rank)
     wrapped = wrap(stage, rank, partial=stage.partial)
-    with _autocast(config, rank):
+    with autocast(config.train.precision, rank.device):
         source = stage.cached(data, rank.device)
     metrics = Metrics(folder, config.log, state.step) if rank.main else None
     bar = tqdm(total=config.train.steps, initial=state.step, desc=folder.name, disable=not rank.main, mininterval=1.0)
@@ -80,11 +80,6 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
     return done
 
 
-def _autocast(config: RunConfig, rank: Rank) -> torch.autocast:
-    dtype = PRECISIONS[config.train.precision]
-    return torch.autocast(rank.device.type, dtype=dtype, enabled=dtype is not None)
-
-
 def _due(state: State, every: int, config: RunConfig) -> bool:
     """Whether something done every so many steps, and after the last one, is done now."""
     return state.step % every == 0 or state.step == config.train.steps
@@ -92,8 +87,6 @@ def _due(state: State, every: int, config: RunConfig) -> bool:
 
 def _start(config: RunConfig, stage: Stage, run: Path, rank: Rank) -> State:
     """Optimizers and EMA for the trainable parameters; resume if the run folder has a complete checkpoint."""
-    if config.train.precision not in PRECISIONS:
-        raise ConfigError(f"train.precision is {config.train.precision!r}; allowed: {', '.join(PRECISIONS)}")
     _, accumulation = stream.split_batch(config.train, rank.world)  # refused before anything is written
     if accumulation > 1 and stage.whole_batch:
         raise ConfigError(
@@ -107,7 +100,7 @@ def _start(config: RunConfig, stage: Stage, run: Path, rank: Rank) -> State:
     log.info("%s", optim.table(nn.ModuleDict(networks(stage))))
     if folder is None and config.train.init_from:
         _init_from(stage, Path(config.train.init_from))
-    store_frozen(stage, PRECISIONS[config.train.precision])
+    store_frozen(stage, DTYPES[config.train.precision])
     parameters = {
         player: {name: p for name, p in module.named_parameters() if p.requires_grad}
         for player, module in stage.players.items()
@@ -171,7 +164,7 @@ def _step(
             draws = Draws(config.seed, positions, rank.device)
             sync = nullcontext() if final or rank.world == 1 else wrapped.no_sync()  # pyright: ignore
             with sync, _playing(state, player):
-                with _autocast(config, rank):
+                with autocast(config.train.precision, rank.device):
                     loss = wrapped(batch, draws, player, state.step)
                 state.scaler.scale(loss.total / n).backward()
             _accumulate(scalars, {f"{prefix}loss": loss.total, **loss.parts}, n)
@@ -246,7 +239,7 @@ def _validate(
     if metrics is not None:
         stage.eval()
         averaged = state.ema.swapped() if state.ema else nullcontext()
-        with averaged, _autocast(config, rank):
+        with averaged, autocast(config.train.precision, rank.device):
             micro, _ = stream.split_batch(config.train, rank.world)  # what fits in memory
             batches = subset.held_out(held_out, config.validation.items, min(32, micro), rank.device)
             report = stage.validate(batches, config.validation.images, config.seed)

@@ -97,8 +97,7 @@ def networks(stage: Stage) -> dict[str, nn.Module]:
     return found
 
 
-def store_frozen(stage: Stage, dtype: torch.dtype | None) -> None:
-    """Keep frozen weights in autocast's type (None: there is no autocast), see `optim.store_frozen`."""
-    if dtype is not None:
-        for module in stage.autocast:
-            optim.store_frozen(module, dtype, stage.exports().values())
+def store_frozen(stage: Stage, dtype: torch.dtype) -> None:
+    """Keep frozen weights in the type that autocast rounds them to (float32: there is none), in place."""
+    for module in stage.autocast:
+        optim.store_frozen(module, dtype, stage.exports().values())

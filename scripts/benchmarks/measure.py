@@ -106,7 +106,8 @@ def saved_bytes(*modules: nn.Module) -> Iterator[Callable[[], int]]:
     kept: dict[int, Tensor] = {}
 
     def pack(x: Tensor) -> Tensor:
-        if not isinstance(x, nn.Parameter) and x.untyped_storage().data_ptr() not in known:
+        owner = x if x._base is None else x._base  # linear maps keep a view of their weight
+        if not isinstance(owner, nn.Parameter) and x.untyped_storage().data_ptr() not in known:
             kept.setdefault(x.untyped_storage().data_ptr(), x.detach())  # held, so that no address comes twice
         return x
 

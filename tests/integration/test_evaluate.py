@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import adapters  # noqa: F401
 import ldm.training.run  # noqa: F401
 from ldm import build, config, registry
-from ldm.training import checkpoint
+from ldm.training import checkpoint, diffusion
 from scripts import convert, evaluate, train
 from tests.small import waken
 
@@ -157,6 +157,25 @@ def test_evaluating_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
         evaluate.main(["--config", str(TINY / "vae.yaml"), "validation.data=null", weights])
     assert exit_info.value.code == 2
     assert "validation.data is not set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("grid={seed: [1, 2]}", "grid has seed, but only sample.py sweeps; drop it for evaluation.arms"),
+        ("run.dir=FILE", "eval cannot be written (Not a directory); choose another run.dir"),
+    ],
+)
+def test_what_cannot_be_written_or_swept_is_refused_before_drawing(
+    override: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(diffusion.DiffusionStage, "validate", None)  # calling it would be another error
+    with pytest.raises(SystemExit) as exit_info:
+        override = override.replace("FILE", str(tmp_path / "file"))
+        evaluate.main([*with_weights("controlnet", tmp_path, HELD_OUT), override])
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def run_with(tmp_path: Path, **tensors: torch.Tensor) -> Path:

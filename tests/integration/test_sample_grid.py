@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ import torch
 import yaml
 from PIL import Image
 
-from ldm import build, registry
+from ldm import build, fast, generate, registry
 from ldm import config as configs
+from ldm.samplers import Sampler
 from ldm.sampling import output
 from ldm.sampling.sweep import expand
-from scripts import sample
+from ldm.schedule import Schedule
+from scripts import sample, train
 from tests.integration.test_sample import NET, TEXT, UNET, VAE, pixels, rank_main, refusal, save
 
 TOWER = {"name": "vit", "image_size": 16, "patch": 8, "width": 16, "layers": 1, "heads": 2}
+LONG = "sample.prompts=[" + ", ".join("a " * 14 * chunks for chunks in (5, 4)) + "]"  # 20 chunks each, side by side
 SCALES = "grid={adapters.net.scale: [0, 0.5], sample.guidance.scale: [1, 3]}"
 
 
@@ -145,6 +149,110 @@ def test_models_are_built_once_and_an_image_prompt_may_be_guided_apart(
     assert all((drawn[a] - drawn[b]).abs().max() > 2 for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
+def test_texts_and_adapters_are_rehearsed_once_where_nothing_of_them_varies(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[float, bool]] = []
+    rehearse = generate.rehearse
+
+    def counting(models: generate.Models, request: generate.Request) -> None:
+        asked.append((request.uses["net"].scale, request.guidance.on))
+        rehearse(models, request)
+
+    monkeypatch.setattr(generate, "rehearse", counting)
+    axes = "sample.guidance.scale: [1, 2, 3], sample.sampler.steps: [1, 2], adapters.net.scale: [0.5, 1]"
+    sample.main(["--config", str(config), f"out.dir={tmp_path / 'out'}", f"grid={{{axes}, seed: [3], prompt: [owl]}}"])
+    assert asked == [(0.5, False), (1, False), (0.5, True), (1, True)]
+
+
+def test_weights_are_looked_up_once_for_all_combinations(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots: list[str] = []
+    weights_file = build.weights_file
+
+    def counting(kind: str, node: configs.Node, slot: str) -> Path | None:
+        slots.append(slot)
+        return weights_file(kind, node, slot)
+
+    monkeypatch.setattr(build, "weights_file", counting)
+    assert len(expand(configs.load(config, [SCALES])).plans) == 4
+    assert len(slots) == len(set(slots)) == 6  # UNet, VAE, text, two adapters, an image tower
+
+
+def test_samplers_are_compared_at_equal_steps_unless_told_otherwise(config: Path) -> None:
+    def steps(grid: str) -> list[int]:
+        sweep = expand(configs.load(config, ["sample.sampler={name: ddim, steps: 7}", f"grid={{{grid}}}"]))
+        return [job.config.sample.sampler["steps"] for job in sweep.plans]
+
+    assert steps("sample.sampler.name: [ddim, euler, ddpm]") == [7, 7, 7]
+    assert steps("sample.sampler.name: [ddim, euler], sample.sampler.steps: [3, 4]") == [3, 4, 3, 4]
+    assert steps("sample.sampler: [{name: lcm, steps: 4}, {name: euler}]") == [4, 7]
+
+
+def test_a_sampler_without_steps_is_refused_beside_those_with(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(registry, "_KNOWN", dict(vars(registry)["_KNOWN"]))
+
+    def fixed(schedule: Schedule) -> Sampler:
+        return registry.build("sampler", {"name": "ddim", "steps": 4}, schedule=schedule)
+
+    registry.register("sampler", "fixed")(fixed)
+    grid = "grid={sample.sampler.name: [ddim, fixed]}"
+    line = refusal(capsys, ["--config", str(config), f"out.dir={tmp_path / 'out'}", "sample.sampler.eta=0", grid])
+    assert "grid sample.sampler.name=fixed: sampler 'fixed': unknown keys ['steps']" in line
+
+
+def test_blocks_of_a_grid_replace_those_of_the_config(config: Path) -> None:
+    grid = "grid={adapters.ip.blocks: [{mid: 0}, {up: 1, down: 0}, null]}"
+    sweep = expand(configs.load(config, ["adapters.ip.blocks={down: 0.5}", grid]))
+    assert [job.uses["ip"].blocks for job in sweep.plans] == [{"mid": 0}, {"up": 1, "down": 0}, None]
+
+
+def test_training_refuses_a_grid(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", str(config), "--dry-run", "grid={seed: [1]}"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: grid is for sampling; it has seed: drop it")
+
+
+@pytest.mark.skipif(not fast.available(), reason="this torch lacks oneDNN's packed operations")
+def test_prepacked_models_draw_the_same_and_the_first_batch_decides_their_layout(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int, int]] = []  # when, pictures in the batch, packed weights
+
+    def watched(function: Callable[..., Any], when: str) -> Callable[..., Any]:
+        def call(models: generate.Models, request: generate.Request, *more: Any) -> Any:
+            result = function(models, request, *more)
+            modules = (models.denoiser, models.vae, models.text)
+            packed = [p for module in modules if module is not None for p in module.parameters() if p.is_mkldnn]
+            seen.append((when, len(request.prompts), len(packed)))
+            return result
+
+        return call
+
+    for name in ("rehearse", "images"):
+        monkeypatch.setattr(generate, name, watched(getattr(generate, name), name))
+    base = ["--config", str(config), f"out.dir={tmp_path / 'out'}"]
+    sample.main([*base, "sample.prepack=false"])
+    ordinary = pixels(tmp_path / "out")
+    assert seen == [("rehearse", 1, 0), ("images", 3, 0), ("images", 1, 0)]
+    seen.clear()
+    sample.main([*base, f"out.dir={tmp_path / 'packed'}"])
+    packed = pixels(tmp_path / "packed")
+    assert [s[:2] for s in seen] == [("rehearse", 1), ("images", 3), ("images", 1)]
+    assert seen[0][2] == 0 and seen[1][2] == seen[2][2] > 0
+    assert all((packed[name] - ordinary[name]).abs().max() <= 1 for name in ordinary)
+
+
+def test_settings_of_speed_and_memory_alone_may_change_in_a_folder(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for more in ([], ["sample.prepack=false", "sample.sliced=true", "sample.batch=1"]):
+        sample.main(["--config", str(config), f"out.dir={out}", *more])
+    saved = configs.load(out / "config.yaml").sample
+    assert (saved.prepack, saved.sliced, saved.batch) == (False, True, 1)
+
+
 def test_two_ranks_draw_the_same_sweep(config: Path, swept: Path, tmp_path: Path) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -171,6 +279,13 @@ def test_dry_run_counts_combinations(config: Path, tmp_path: Path, capsys: pytes
     assert not (tmp_path / "out").exists()
 
 
+def test_dry_run_checks_clip_skip_without_weights(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", str(config), "--dry-run", "model.text.layers=2"]
+    sample.main([*arguments, "grid={sample.clip_skip: [1, 2]}"])
+    assert "2 combinations of clip_skip x 2 prompts x 2 seeds = 8 images" in capsys.readouterr().out
+    assert "grid sample.clip_skip=3: " in refusal(capsys, [*arguments, "grid={sample.clip_skip: [1, 3]}"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -190,6 +305,10 @@ def test_dry_run_counts_combinations(config: Path, tmp_path: Path, capsys: pytes
         (["grid={sample.sampler.name: [ddim, dim]}"], "grid sample.sampler.name=dim: sampler.name is 'dim'"),
         (["grid={sample.clip_skip: [1, 9]}"], "grid sample.clip_skip=9: clip_skip is 9"),
         (["grid={sample.strength: [0.5]}"], "without an image"),
+        (
+            [LONG, "grid={sample.long_prompts: [cut, chunks]}"],
+            "long_prompts=chunks: prompts of 4, 5 chunks",
+        ),
         (["grid={adapters.net.mask: [null, nowhere.png]}"], "nowhere.png is missing"),
         (["grid={adapters.net.skip_scales: [null, [1, 1]]}"], "skip_scales has 2 entries; this adapter has 4 skips"),
         (["grid={adapters.net.blocks: [null, {dwon: 0}]}"], "blocks has 'dwon'; this UNet has"),

@@ -100,13 +100,27 @@ def test_unknown_key_of_a_reference_is_refused(tmp_path: Path) -> None:
         folder(made(tmp_path), reference={"smae": "concept"})
 
 
-def test_a_damaged_reference_skips_its_sample(tmp_path: Path) -> None:
+def test_a_damaged_reference_costs_its_draw_and_nothing_else(tmp_path: Path) -> None:
+    root = made(tmp_path)
+    damage(root / "noto1.png")
+    data = folder(root, where={"split": "train"}, reference={"same": "concept"}, max_bad=0.5)
+
+    def drawn(seed: int) -> tuple[str, float]:
+        sample = data.load(2, torch.Generator().manual_seed(seed))  # flat1: references noto1 and twemoji1
+        return sample.key, sample.reference.mean().item()
+
+    seen = [drawn(seed) for seed in range(12)]
+    assert {key for key, _ in seen} >= {"flat1.png", "twemoji1.png"} and [drawn(seed) for seed in range(12)] == seen
+    assert list(data.bad) == [root / "noto1.png"]  # it is a sample as well, and that one is unreadable
+
+
+def test_too_many_damaged_references_stop_with_the_share(tmp_path: Path) -> None:
     root = made(tmp_path)
     only = {"same": "concept", "where": {"style": "noto"}}
-    data = folder(root, where={"split": ["train", "heldout_pair"], "style": "flat"}, reference=only, max_bad=0.5)
+    data = folder(root, where={"split": ["train", "heldout_pair"], "style": "flat"}, reference=only)
     damage(root / "noto1.png")
-    assert data.load(1, torch.Generator()).key == "flat0.png" and data.load(1).key == "flat0.png"
-    assert list(data.bad) == [root / "flat1.png"] and "noto1.png cannot be decoded" in data.bad[root / "flat1.png"]
+    with pytest.raises(DataError, match=r"1 of 2 references cannot be read, data.max_bad is 0.01"):
+        data.load(1)
 
 
 def test_the_cache_pairs_by_sample_and_leaves_damaged_references_out(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from ldm import build, config
 from ldm.data.images import Batch
 from ldm.denoiser import AdapterUse
 from ldm.evaluation.arms import Plan, plan
-from ldm.evaluation.measures import Palette
+from ldm.evaluation.intervals import bootstrap
+from ldm.evaluation.measures import EdgeF1, Measure, Palette
 from ldm.evaluation.obedience import obedience
 from ldm.registry import ConfigError
 from ldm.training import estimate
@@ -22,6 +23,7 @@ from ldm.training import estimate
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 EDGE = "adapters={edge: {name: controlnet}}"
 TWO = "adapters={sketch: {name: t2i_adapter, hint: edge, scale: 0.7}, tint: {name: t2i_adapter, hint: palette}}"
+SECOND = "evaluation.measures={prompt: {name: clip_i, encoder: {name: vit, weights: v}}, second: []}"
 SIMPLE = "adapters={prompt: {name: ip_adapter_simple, encoder: {name: vit, image_size: 32, weights: w}}}"
 
 
@@ -76,21 +78,61 @@ def test_measures_are_named_with_or_without_options() -> None:
         (["evaluation.measures.edge=edge_f2"], r"registered: clip_i, edge_f1.* did you mean 'edge_f1'"),
         (["evaluation.arms.x=[egde]"], r"arms.x has 'egde', which is no adapter"),
         (["evaluation.arms.x=edge"], r"arms.x is 'edge', must be a list"),
-        (["evaluation.arms.x.edge=.nan"], r"arms.x.edge is nan, must be a finite number"),
+        (["evaluation.arms.x.edge=.nan"], r"arms.x.edge: scale is nan; must be a finite number"),
+        (["evaluation.arms.x.edge=true"], r"arms.x.edge is True, must be a finite number"),
+        (["adapters.edge.mask=m.png"], r"adapters.edge.mask is m.png, but held-out items have no masks"),
+        (["adapters.edge.extractor=canny"], r"adapters.edge.extractor is canny, .*hints.edge is None; drop the key"),
+        (["evaluation.measures.edge=[edge_f1, {name: edge_f1}]"], r"measures.edge has edge_f1 twice"),
+        (
+            [SIMPLE, "evaluation.measures.prompt=edge_f1"],
+            r"measures.prompt is edge_f1, which reads maps .* image prompts",
+        ),
+        (
+            ["evaluation.measures.edge={name: clip_i, encoder: {name: vit, weights: v}}"],
+            r"edge is clip_i, .* takes maps",
+        ),
+        (["adapters={all: {name: controlnet, hint: edge}}"], r"has the name 'all', which is that of another arm"),
+        (["adapters={base: {name: controlnet, hint: edge}}"], r"has the name 'base', .* evaluation.arms"),
         (["evaluation.arms.chance=[edge]"], r"arms.chance is a taken name"),
         (["evaluation.arms.base=[edge]"], r"arms.base is a taken name"),
         (["adapters={d: {name: controlnet, hint: depth}}"], r"'d' has hint depth, without a known measure"),
-        ([SIMPLE], r"'prompt' takes image prompts, measured by clip_i with a model that it does not read"),
+        ([SIMPLE], r"'prompt' takes image prompts, measured by clip_i with a model that no adapter reads"),
         (
             [SIMPLE, "evaluation={measures: {prompt: []}, arms: {x: {prompt: 0.5}}}"],
-            r"x.prompt is 0.5; .* allowed: 0, 1",
+            r"arms.x.prompt: adapters.prompt speaks .* 0.5, allowed: 0, 1",
         ),
         ([SIMPLE, "evaluation.measures.prompt={name: clip_i, encoder: {name: vit, weights: w}}"], "reads too"),
+        ([SIMPLE, "evaluation.measures.prompt={name: clip_i, encoder: {name: vit, weights: x/../w}}"], "reads too"),
+        (
+            [SIMPLE, SIMPLE.replace("prompt", "second").replace("weights: w", "weights: v"), SECOND],
+            r"clip_i.encoder is v, which adapter 'second' reads too",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         planned(EDGE, *overrides)
+
+
+def test_adapters_with_names_of_rows_are_measured_in_arms_of_other_names() -> None:
+    got = planned("adapters={all: {name: controlnet, hint: edge}}", EDGE, "evaluation.arms={both: [all, edge]}")
+    assert got is not None
+    assert scales(got.arms) == {"base": {}, "both": {"all": 1, "edge": 1}}
+
+
+def test_another_part_of_the_same_file_is_another_model() -> None:
+    other = "evaluation.measures.prompt={name: clip_i, encoder: {name: vit, weights: w, weights_prefix: image.}}"
+    assert planned(SIMPLE, other) is not None
+
+
+PROMPTED = sorted(p for p in (CONFIGS / "train").rglob("ip_adapter*.yaml") if p.parent.name in ("tiny", "emoji"))
+
+
+@pytest.mark.parametrize("path", PROMPTED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_shipped_image_prompt_trainings_can_be_evaluated(path: Path) -> None:
+    got = planned(file=path)
+    measures = [] if got is None else list(got.measures["prompt"])
+    assert measures == (["clip_i"] if path.parent.name == "emoji" else [])
 
 
 EVALUATE = sorted(p for p in (CONFIGS / "evaluate").rglob("*.yaml") if "adapters:" in p.read_text())
@@ -137,6 +179,46 @@ def test_every_arm_is_drawn_once_per_batch_on_the_same_seeds_and_scored() -> Non
     assert {label: len(images) for label, images in found.columns.items()} == dict.fromkeys(
         ("hint: tint", "base", "tint", "ground truth"), 3
     )
+
+
+class Nth(Measure):
+    """Scores that tell which picture was put beside which hint; counts the items whose features it holds."""
+
+    def picture(self, images: Tensor) -> Tensor:
+        return images[:, 0, 0, 0]
+
+    def score(self, pictures: Tensor, hints: Tensor) -> Tensor:
+        return pictures.exp() * hints.cos()
+
+
+@pytest.mark.parametrize("measure", [Nth(), Palette(2), EdgeF1()], ids=["nth", "palette", "edge_f1"])
+@pytest.mark.parametrize("sizes", [(7,), (1, 6), (3, 3, 1), (1,) * 7])
+def test_chance_and_ceiling_by_batches_are_those_of_all_at_once(measure: Measure, sizes: tuple[int, ...]) -> None:
+    real, hint = torch.rand(2, 7, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    parts = zip(real.split(sizes), hint.split(sizes), strict=True)
+    loaded = [Batch([""] * len(x), x * 2 - 1, [""] * len(x), hints={"h": y}) for x, y in parts]
+    wanted = Plan({"base": {}}, {"h": {"m": measure}})
+    found = obedience(wanted, loaded, lambda b: b.hints, lambda b, *_: torch.zeros_like(b.image), seed=0, pictures=1)
+    pictures, hints = measure.picture((real * 2 - 1) * 0.5 + 0.5), measure.hint(hint)
+    expected = {"ground_truth": measure.score(pictures, hints), "chance": measure.score(pictures.roll(1, 0), hints)}
+    rows = found.rows["h"]["m"]
+    assert {row: rows[row] for row in expected} == {row: bootstrap(values) for row, values in expected.items()}
+
+
+def test_one_item_has_no_chance() -> None:
+    draw = functools.partial(lambda batch, *_: torch.zeros_like(batch.image))
+    wanted = Plan({"base": {}}, {"tint": {"palette": Palette()}})
+    found = obedience(wanted, batches()[2:], lambda b: {"tint": b.image / 2 + 0.5}, draw, seed=0, pictures=1)
+    assert list(found.rows["tint"]["palette"]) == ["base", "ground_truth"]
+
+
+def test_a_hint_that_a_measure_cannot_read_is_one_line_before_drawing() -> None:
+    def draw(*_: object) -> Tensor:
+        raise AssertionError("nothing may be drawn")
+
+    wanted = Plan({"base": {}}, {"tint": {"palette": Palette()}})
+    with pytest.raises(ConfigError, match=r"measures.tint: palette cannot read this hint .* \(2, 1, 8, 8\)"):
+        obedience(wanted, batches(), lambda b: {"tint": b.image[:, :1]}, draw, seed=0, pictures=1)
 
 
 def test_references_of_another_size_fit_into_the_grid() -> None:

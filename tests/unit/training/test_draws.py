@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm.training.draws import Draws, cubic, generator
+from ldm.transfer import send
 
 
 def test_row_i_depends_on_seed_purpose_and_position_alone() -> None:
@@ -65,3 +67,8 @@ def test_draws_for_a_gpu_are_pinned_first(monkeypatch: pytest.MonkeyPatch) -> No
     assert calls == ["pin", "to"]
     Draws(0, [1, 2], "cpu").normal("noise", 3)
     assert calls == ["pin", "to", "to"]
+
+
+def test_a_dry_run_for_a_gpu_sends_tensors_without_memory() -> None:
+    with FakeTensorMode():
+        assert send(torch.zeros(2), "cuda").device.type == "cuda"

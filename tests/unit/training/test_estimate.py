@@ -11,10 +11,10 @@ import adapters  # noqa: F401  (registers them)
 from ldm import build, config
 from ldm.config import RunConfig
 from ldm.data.images import Batch
+from ldm.precision import DTYPES
 from ldm.registry import ConfigError
 from ldm.training import estimate, optim
 from ldm.training.draws import Draws
-from ldm.training.loop import PRECISIONS
 from ldm.training.stage import Loss, Report, Stage, choose_trainable, networks, store_frozen
 from scripts import train
 
@@ -33,7 +33,7 @@ def tiny(name: str, *overrides: str) -> RunConfig:
 def real_stage(cfg: RunConfig) -> Stage:
     stage = build.stage(cfg)
     choose_trainable(stage, cfg.train.trainable)
-    store_frozen(stage, PRECISIONS[cfg.train.precision])
+    store_frozen(stage, DTYPES[cfg.train.precision])
     return stage.to(memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
 
 
