@@ -323,7 +323,9 @@ def _check_groups(node: Node, defaults: Any, where: str) -> None:
             example = list(cast("tuple[Any, ...]", default))
             raise ConfigError(f"{where}{field.name} is {value!r}, must be a list like {example}")
         if (group or isinstance(default, dict)) and not isinstance(value, dict):
-            raise ConfigError(f"{where}{field.name} is {value!r}, must be a mapping of keys")
+            path = f"{where}{field.name}"
+            example = f", e.g. {path.rpartition(': ')[2]}.name={value}" if isinstance(value, str) and not group else ""
+            raise ConfigError(f"{path} is {value!r}, must be a mapping of keys{example}")
         if group:
             _check_groups(cast("Node", value), default, f"{where}{field.name}.")
 
@@ -374,9 +376,13 @@ def user_errors() -> Generator[None]:
     """Around a script: what the user can mend becomes one line on stderr and exit code 2 instead of a traceback.
 
     Those are ValueErrors (ConfigError and DataError among them) and what the file system says (full disk, no rights).
+    Ctrl-C is one line too, and exit code 130, as shells have it.
     """
     try:
         yield
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; what was complete is kept: a training goes on when started again as before\n")
+        raise SystemExit(130) from None

@@ -31,8 +31,10 @@ def write_preview(data: ImageData, out: Path, *, count: int = 12, seed: int = 0)
         seed: of the augmentation.
 
     Returns: number of samples shown.
-    Raises: DataError when out cannot be written.
+    Raises: DataError when out is no .png, or cannot be written.
     """
+    if out.suffix.lower() != ".png":
+        raise DataError(f"preview writes a PNG, out is {out}; give it a name that ends in .png")
     count = min(count, len(data))
     generator = torch.Generator().manual_seed(seed)
     panels = [_panel(data.load(i * len(data) // count, generator)) for i in range(count)]

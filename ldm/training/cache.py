@@ -112,7 +112,8 @@ class LatentData(Dataset[Any]):
                 rows |= {name: len(rows) + i for i, name in enumerate(pictures)}
                 for name, f in encode(torch.stack(list(pictures.values())).to(device)).items():
                     parts.setdefault(name, []).append(f.half().cpu())
-        self.prompts = {name: torch.cat(f) for name, f in parts.items()}
+        with torch.autocast("cpu", enabled=False):  # under bf16 it cannot join halves
+            self.prompts = {name: torch.cat(f) for name, f in parts.items()}
         # None is left empty: each sample could be read above, with a reference of its own.
         self.references = [tuple(rows[name] for name in data.references(key) if name in rows) for key in self.keys]
 

@@ -207,15 +207,18 @@ def share(run: Path, out: Path, *, stem: str | None = None, dtype: str = "fp16",
 
     Args:
         run: run folder.
-        out: file to write; an existing one is replaced only when the new one is whole.
+        out: .safetensors file to write, which must not exist.
         stem: which file of the checkpoint; None takes the only one.
         dtype: fp32 | bf16 | fp16 for floating-point tensors.
         only: write the tensors whose names begin so, under their whole names, e.g. "image.".
 
     Returns: bytes written.
-    Raises: ConfigError if there is no complete checkpoint, `stem` is needed, nothing is named `only`..., or values
-        overflow the dtype.
+    Raises: ConfigError if `out` exists or ends otherwise, there is no complete checkpoint, `stem` is needed, nothing
+        is named `only`..., or values overflow the dtype.
     """
+    if out.suffix != ".safetensors" or out.exists():
+        found = "exists already" if out.exists() else "is no .safetensors file"
+        raise ConfigError(f"{out} {found}; give the shared file a new name that ends in .safetensors")
     folder = latest(run)
     if folder is None:
         raise ConfigError(f"{run} has no complete checkpoint; train it first")

@@ -115,7 +115,9 @@ def _start(config: RunConfig, stage: Stage, run: Path, rank: Rank) -> State:
     if folder is not None:
         state_module.restore(state, stage, config, folder)
         log.info("continuing %s at step %d", folder, state.step)
-    if rank.main:
+    if state.step >= config.train.steps:
+        log.info("%s is at step %d of %d: nothing is left to train", run, state.step, config.train.steps)
+    elif rank.main:
         describe_run(config, run)
     rank.barrier()
     return state

@@ -200,6 +200,17 @@ def test_share_can_write_a_part(tmp_path: Path) -> None:
     assert list(load_file(tmp_path / "w.safetensors")) == ["image.w"]
 
 
+@pytest.mark.parametrize(("name", "message"), [("w.safetensors", "exists already"), ("w.png", "no .safetensors")])
+def test_share_overwrites_nothing(name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = run_with(tmp_path, w=torch.ones(2)), tmp_path / name
+    if name == "w.safetensors":
+        out.write_text("mine")
+    with pytest.raises(SystemExit) as stopped:
+        convert.main(["share", str(run), str(out)])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert out.exists() == (name == "w.safetensors") and (not out.exists() or out.read_text() == "mine")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -89,9 +89,7 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
         a, b = (weights(checkpoint.complete(folder)[-1]) for folder in (one, two))
         for key in a:
             x, y = a[key], b[key]
-            if key.endswith(
-                "in_proj_bias"
-            ):  # softmax ignores key biases: their gradient is rounding that Adam blows up
+            if key.endswith("in_proj_bias"):  # softmax ignores key biases: their gradient is rounding, blown up by Adam
                 x, y = (torch.cat([v.chunk(3)[0], v.chunk(3)[2]]) for v in (x, y))
             torch.testing.assert_close(x, y, atol=2e-5, rtol=1e-4, msg=lambda m, w=what, k=key: f"{w} {k}: {m}")
 
@@ -112,6 +110,24 @@ def launch_two_ranks(runs: list[list[str]], folder: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(launcher, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_image_prompts_train_from_the_cache_in_every_precision(precision: str, tmp_path: Path) -> None:
+    more = ["train.steps=2", "train.batch=4", f"train.precision={precision}", "data.length=8", "validation.items=4"]
+    run.train(
+        config.load(TINY / "ip_adapter.yaml", [f"run.dir={tmp_path}", "device=cpu", *more, "validation.images=2"])
+    )
+    assert len(losses(tmp_path)) >= 1 and (tmp_path / "images" / "step-00000002.png").exists()
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    start("ldm", tmp_path, "train.steps=2", "train.batch=4")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with caplog.at_level("INFO"):
+        start("ldm", tmp_path, "train.steps=2", "train.batch=4", "train.lr=1")
+    assert "nothing is left to train" in caplog.text
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_accumulation_equals_one_big_batch(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from ldm import config
 from ldm.config import RunConfig, from_mapping, load, override
 from ldm.registry import ConfigError
 
+TINY = Path(__file__).resolve().parents[2] / "configs" / "train" / "tiny"
+
 
 def write(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -280,3 +282,14 @@ def test_parser_offers_what_every_script_shares() -> None:
     args = config.parser("words").parse_intermixed_args(["--config", "a.yaml", "train.steps=3", "--dry-run", "seed=1"])
     assert (args.config, args.dry_run, args.print_config) == ("a.yaml", True, False)
     assert args.overrides == ["train.steps=3", "seed=1"]
+
+
+def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped, config.user_errors():
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130 and capsys.readouterr().err.startswith("interrupted; ")
+
+
+def test_a_name_in_place_of_a_node_says_how_to_write_it() -> None:
+    with pytest.raises(ConfigError, match=r"sample.sampler is 'euler', .* e.g. sample.sampler.name=euler"):
+        config.load(TINY / "ldm.yaml", ["sample.sampler=euler"])
