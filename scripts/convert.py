@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "import": lambda: model.import_model(args.path, args.out, args.ema),
             "export": lambda: model.export(args.paths, args.layout, args.out),
             "fetch": lambda: [fetch.fetch(args.name, fetch.published(LIST), args.out, args.sha256)],
-            "share": lambda: [f"{args.out}: {checkpoint.share(**options):,} bytes; in a config it is weights: {args.out}"],
+            "share": lambda: [f"{checkpoint.share(**options):,} bytes; in a config it is weights: {args.out}"],
         }
         print(*actions[args.command](), sep="\n")
 
