@@ -112,24 +112,6 @@ def launch_two_ranks(runs: list[list[str]], folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_image_prompts_train_from_the_cache_in_every_precision(precision: str, tmp_path: Path) -> None:
-    more = ["train.steps=2", "train.batch=4", f"train.precision={precision}", "data.length=8", "validation.items=4"]
-    run.train(
-        config.load(TINY / "ip_adapter.yaml", [f"run.dir={tmp_path}", "device=cpu", *more, "validation.images=2"])
-    )
-    assert len(losses(tmp_path)) >= 1 and (tmp_path / "images" / "step-00000002.png").exists()
-
-
-def test_a_finished_run_is_left_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    start("ldm", tmp_path, "train.steps=2", "train.batch=4")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with caplog.at_level("INFO"):
-        start("ldm", tmp_path, "train.steps=2", "train.batch=4", "train.lr=1")
-    assert "nothing is left to train" in caplog.text
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
 def test_accumulation_equals_one_big_batch(tmp_path: Path) -> None:
     start("ldm", tmp_path / "one", "train.steps=3", "train.batch=4", "train.ema=null")
     start("ldm", tmp_path / "four", "train.steps=3", "train.batch=4", "train.micro_batch=1", "train.ema=null")
