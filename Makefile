@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[data,test]'
 	@touch $@
 
-demo: setup ## draw with the models that ship, train a small ControlNet, measure it, draw with it (a minute and a half)
+demo: setup ## draw with the models that ship, train a small ControlNet, measure it, draw with it (under two minutes)
 	@echo '== 1 of 4: emoji that follow line art, drawn by the models in checkpoints/emoji'
 	@$(PY) scripts/sample.py --config configs/sample/emoji/controlnet.yaml out.dir=outputs/demo/emoji
 	@echo '== 2 of 4: train a ControlNet on procedural scenes, about a minute'

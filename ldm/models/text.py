@@ -323,7 +323,7 @@ def _causal_attention(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
     """Each position sees itself and those before; b n d -> b n d.
 
     With the module's own weights but not its forward, which turns the batch to the middle: on CPUs the projection of
-    such a view copies the weights at every call (20 times slower in bf16).
+    such a view copies the weights at every call (many times slower in bf16).
     """
     qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
     q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=attn.num_heads)

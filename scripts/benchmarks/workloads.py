@@ -303,9 +303,8 @@ def text_encoding(setting: Setting) -> dict[str, Run]:
 
 
 STEP_WHY = (
-    "attention over 64 x 64 pixels is about a third of the step and the same kernel on both sides; packed weights help "
-    "linear maps and convolutions below 32 x 32. Attention in parts that fit the cache, not fused, took 0.73 of that "
-    "kernel's time in bf16, but hundreds of operations more"
+    "attention over 64 x 64 pixels is the same kernel on both sides, and packed weights help linear maps and the "
+    "convolutions below 32 x 32 only; attention in parts that fit the cache, unfused, takes hundreds of operations more"
 )
 
 

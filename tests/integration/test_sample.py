@@ -43,6 +43,24 @@ def save(module: nn.Module, path: Path) -> str:
     return str(path)
 
 
+def write_config(root: Path, model: dict[str, Any], nets: dict[str, Any], prompts: list[Any], steps: int) -> Path:
+    """`config.yaml` of a run with a hint for the adapter "net", and the hint: two seeds, pictures of 16 pixels."""
+    Image.effect_noise((32, 32), 90).save(root / "hint.png")
+    settings = {
+        "prompts": prompts,
+        "hints": {"net": str(root / "hint.png")},
+        "seeds": "3,5",
+        "height": 16,
+        "width": 16,
+        "batch": 3,
+        "sampler": {"name": "ddim", "steps": steps, "eta": 1.0},
+        "precision": "fp32",
+    }
+    path = root / "config.yaml"
+    path.write_text(yaml.safe_dump({"model": model, "adapters": nets, "sample": settings}))
+    return path
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with weights, a hint and `config.yaml`: two prompts, two seeds, a ControlNet."""
@@ -55,22 +73,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "text": TEXT | {"weights": save(registry.build("text", TEXT), root / "text.safetensors")},
     }
     net = save(registry.build("adapter", NET, unet=unet), root / "net.safetensors")
-    Image.effect_noise((32, 32), 90).save(root / "hint.png")
-    node = {
-        "model": weights,
-        "adapters": {"net": NET | {"weights": net}},
-        "sample": {
-            "prompts": [{"prompt": "a red apple", "negative": "blue"}, "an owl"],
-            "hints": {"net": str(root / "hint.png")},
-            "seeds": "3,5",
-            "height": 16,
-            "width": 16,
-            "batch": 3,
-            "sampler": {"name": "ddim", "steps": 3, "eta": 1.0},
-            "precision": "fp32",
-        },
-    }
-    (root / "config.yaml").write_text(yaml.safe_dump(node))
+    prompts = [{"prompt": "a red apple", "negative": "blue"}, "an owl"]
+    write_config(root, weights, {"net": NET | {"weights": net}}, prompts, steps=3)
     return root
 
 

@@ -19,7 +19,7 @@ from ldm.sampling import output
 from ldm.sampling.sweep import expand
 from ldm.schedule import Schedule
 from scripts import sample, train
-from tests.integration.test_sample import NET, TEXT, UNET, VAE, pixels, rank_main, refusal, save
+from tests.integration.test_sample import NET, TEXT, UNET, VAE, pixels, rank_main, refusal, save, write_config
 
 TOWER = {"name": "vit", "image_size": 16, "patch": 8, "width": 16, "layers": 1, "heads": 2}
 LONG = "sample.prompts=[" + ", ".join("a " * 14 * chunks for chunks in (5, 4)) + "]"  # 20 chunks each, side by side
@@ -36,26 +36,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tower = registry.build("image", TOWER)
     encoder = TOWER | {"weights": save(tower, root / "tower.safetensors")}
     prompt = registry.build("adapter", {"name": "ip_adapter", "encoder": TOWER}, unet=unet, tower=tower)
-    Image.effect_noise((32, 32), 90).save(root / "hint.png")
-    node = {
-        "model": {k: n | {"weights": save(registry.build(k, n), root / f"{k}.safetensors")} for k, n in nodes.items()},
-        "adapters": {
-            "net": NET | {"weights": save(registry.build("adapter", NET, unet=unet), root / "net.safetensors")},
-            "ip": {"name": "ip_adapter", "encoder": encoder, "weights": save(prompt, root / "ip.safetensors")},
-        },
-        "sample": {
-            "prompts": ["a red apple", "an owl"],
-            "hints": {"net": str(root / "hint.png")},
-            "seeds": "3,5",
-            "height": 16,
-            "width": 16,
-            "batch": 3,
-            "sampler": {"name": "ddim", "steps": 2, "eta": 1.0},
-            "precision": "fp32",
-        },
+    model = {k: n | {"weights": save(registry.build(k, n), root / f"{k}.safetensors")} for k, n in nodes.items()}
+    adapters = {
+        "net": NET | {"weights": save(registry.build("adapter", NET, unet=unet), root / "net.safetensors")},
+        "ip": {"name": "ip_adapter", "encoder": encoder, "weights": save(prompt, root / "ip.safetensors")},
     }
-    (root / "config.yaml").write_text(yaml.safe_dump(node))
-    return root / "config.yaml"
+    return write_config(root, model, adapters, ["a red apple", "an owl"], steps=2)
 
 
 @pytest.fixture(scope="module")
