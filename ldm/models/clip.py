@@ -41,8 +41,11 @@ class ImageTower(nn.Module, ABC):
         """Pooled features b d of images b 3 h w in [-1, 1]."""
 
     @abstractmethod
-    def tokens(self, x: Tensor) -> Tensor:
-        """Local features b n d of images b 3 h w in [-1, 1], for adapters that read more than one vector."""
+    def tokens(self, x: Tensor, *, last: bool = False) -> Tensor:
+        """Local features b n d of images b 3 h w in [-1, 1], for adapters that read more than one vector.
+
+        `last`: of a vision transformer, those behind the last block instead of the one before.
+        """
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,9 @@ class ViT(ImageTower):
         """Pooled features: the class token after the last LayerNorm, b d."""
         return self.net(self._sized(x))
 
-    def tokens(self, x: Tensor) -> Tensor:
+    def tokens(self, x: Tensor, *, last: bool = False) -> Tensor:
         """Penultimate block's output without LayerNorm, class token first: b 1+n d, as IP-Adapter Plus reads it."""
-        return tokens_of(self.net, self._sized(x), max(self.config.layers - 2, 0))
+        return tokens_of(self.net, self._sized(x), max(self.config.layers - (1 if last else 2), 0))
 
     def _sized(self, x: Tensor) -> Tensor:
         if x.shape[2:] != (self.config.image_size, self.config.image_size):
@@ -192,8 +195,9 @@ class Swin(ImageTower):
         """Pooled features: the mean over the last stage after its LayerNorm, b d."""
         return self.net(self._sized(x))
 
-    def tokens(self, x: Tensor) -> Tensor:
-        """Last stage after its LayerNorm, b n d in row order."""
+    def tokens(self, x: Tensor, *, last: bool = False) -> Tensor:
+        """Last stage after its LayerNorm, b n d in row order; there is no choice."""
+        del last
         return rearrange(self.net.forward_features(self._sized(x)), "b h w d -> b (h w) d")
 
     def stages(self, x: Tensor) -> tuple[Tensor, ...]:

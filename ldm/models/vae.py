@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from ldm.models.blocks import GroupNorm, silu
 from ldm.registry import ConfigError, register
 
 NORM_EPS = 1e-6
@@ -92,8 +93,8 @@ class Posterior:
 _pytree.register_dataclass(Posterior, field_names=["mean", "logvar"])
 
 
-def _norm(channels: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, channels, eps=NORM_EPS)
+def _norm(channels: int, groups: int) -> GroupNorm:
+    return GroupNorm(groups, channels, eps=NORM_EPS)
 
 
 def _conv3x3(c_in: int, c_out: int) -> nn.Conv2d:
@@ -113,8 +114,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map b c_in h w -> b c_out h w."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv2(silu(self.norm2(h)))
         return self.shortcut(x) + h
 
 
@@ -221,7 +222,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.levels:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -244,7 +245,7 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in self.levels:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(silu(self.norm_out(h)))
 
 
 @register("vae", "kl", options=VAEConfig)

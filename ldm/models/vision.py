@@ -86,9 +86,9 @@ class OpenCLIPTower(ImageTower):
         """Projected class token, b embed_dim; not of unit length, as image prompts take it."""
         return self.net(self._normalised(x))
 
-    def tokens(self, x: Tensor) -> Tensor:
-        """Output of the last block but one without LayerNorm, class token first: b 1+n width."""
-        return tokens_of(self.net, self._normalised(x), self.config.layers - 2)
+    def tokens(self, x: Tensor, *, last: bool = False) -> Tensor:
+        """Output of the last block but one (of the last one) without LayerNorm, class token first: b 1+n width."""
+        return tokens_of(self.net, self._normalised(x), self.config.layers - (1 if last else 2))
 
     def _normalised(self, x: Tensor) -> Tensor:
         side = self.config.image_size

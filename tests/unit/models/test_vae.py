@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import ldm.models  # noqa: F401  (registers)
+from ldm.models.blocks import GroupNorm
 from ldm.models.vae import VAE, Downsample, Posterior, VAEConfig
 from ldm.registry import ConfigError, build
 
@@ -35,7 +36,7 @@ def test_f8_norms_are_52_group_norms_with_eps_1e_6() -> None:
     with torch.device("meta"):
         vae = VAE(VAEConfig())
     norms = [m for m in vae.modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm | nn.BatchNorm2d)]
-    assert Counter((type(m), getattr(m, "num_groups", None), m.eps) for m in norms) == {(nn.GroupNorm, 32, 1e-6): 52}
+    assert Counter((type(m), getattr(m, "num_groups", None), m.eps) for m in norms) == {(GroupNorm, 32, 1e-6): 52}
 
 
 def test_attention_projections_have_biases() -> None:
