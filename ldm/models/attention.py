@@ -76,7 +76,8 @@ class Attention(nn.Module):
         q = self._split(self.to_q(x))  # b heads n d
         out = attend(q, *(kv or self.project(x if context is None else context)))
         for k, v, scale in extra:
-            out = out + scale * attend(q, self._split(k).to(q.dtype), self._split(v).to(q.dtype))
+            more = attend(q, self._split(k).to(q.dtype), self._split(v).to(q.dtype))
+            out = out + scale * more if isinstance(scale, Tensor) else torch.add(out, more, alpha=scale)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
     def _split(self, x: Tensor) -> Tensor:

@@ -7,11 +7,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.models.text import TextEncoder
@@ -72,7 +71,7 @@ class ViTConfig:
         Raises:
             ConfigError: if a number is below 1, or one does not divide the other.
         """
-        _check_positive("vit", self, ("image_size", "patch", "width", "layers", "heads"))
+        check_positive("vit", self, ("image_size", "patch", "width", "layers", "heads"))
         if self.image_size % self.patch:
             raise ConfigError(f"vit.image_size is {self.image_size}, must be a multiple of vit.patch={self.patch}")
         if self.width % self.heads:
@@ -132,89 +131,6 @@ class ViT(ImageTower):
 
 
 @dataclass(frozen=True)
-class SwinConfig:
-    """Hierarchical window transformer for images of any size.
-
-    Attributes:
-        image_size: side in pixels that it is trained at.
-        patch: side of a patch in pixels; stage k works at 1 / (patch * 2**k) of the image.
-        width: channels of the first stage; they double per stage.
-        depths: blocks per stage.
-        heads: attention heads per stage.
-        window: side of an attention window, in tokens.
-    """
-
-    image_size: int = 64
-    patch: int = 4
-    width: int = 48
-    depths: tuple[int, ...] = (2, 2, 4)
-    heads: tuple[int, ...] = (2, 4, 8)
-    window: int = 4
-
-    def __post_init__(self) -> None:
-        """Check the numbers.
-
-        Raises:
-            ConfigError: if a number is below 1, or the lists have different lengths.
-        """
-        _check_positive("swin", self, ("image_size", "patch", "width", "window"))
-        if not self.depths or len(self.depths) != len(self.heads):
-            raise ConfigError(f"swin.depths is {self.depths}, heads {self.heads}; give one number per stage in both")
-        if bad := [h for k, h in enumerate(self.heads) if h < 1 or (self.width * 2**k) % h]:
-            raise ConfigError(f"swin.heads has {bad}, must divide the stage's width, {self.width} * 2**stage")
-
-
-@register("image", "swin", options=SwinConfig)
-class Swin(ImageTower):
-    """timm's Swin transformer, windows never shrunk to the map: one function at every size.
-
-    Liu et al. 2021 (arXiv:2103.14030). Maps that are not a multiple of the window are padded inside attention.
-    """
-
-    def __init__(self, config: SwinConfig) -> None:
-        super().__init__()
-        from timm.models.swin_transformer import SwinTransformer  # slow to import: not before a tower is built
-
-        self.config = config
-        self.width = self.pooled_width = config.width * 2 ** (len(config.depths) - 1)
-        self.image_size = config.image_size
-        self.net = SwinTransformer(
-            img_size=config.image_size,
-            patch_size=config.patch,
-            num_classes=0,
-            embed_dim=config.width,
-            depths=config.depths,
-            num_heads=config.heads,
-            window_size=config.window,
-            always_partition=True,
-            strict_img_size=False,
-            drop_path_rate=0.0,
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pooled features: the mean over the last stage after its LayerNorm, b d."""
-        return self.net(self._sized(x))
-
-    def tokens(self, x: Tensor, *, last: bool = False) -> Tensor:
-        """Last stage after its LayerNorm, b n d in row order; there is no choice."""
-        del last
-        return rearrange(self.net.forward_features(self._sized(x)), "b h w d -> b (h w) d")
-
-    def stages(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Feature maps b c h w of every stage, full resolution first, without LayerNorm."""
-        maps = cast(list[Tensor], self.net.forward_intermediates(self._sized(x), intermediates_only=True))
-        return tuple(maps)
-
-    def _sized(self, x: Tensor) -> Tensor:
-        if x.shape[2] % self.config.patch or x.shape[3] % self.config.patch:
-            raise ValueError(
-                f"swin: image is {x.shape[2]}x{x.shape[3]} (h w), sides must be multiples of {self.config.patch}; "
-                "resize it"
-            )
-        return x
-
-
-@dataclass(frozen=True)
 class CLIPConfig:
     """A text tower, an image tower and the size of the space they meet in.
 
@@ -235,7 +151,7 @@ class CLIP(nn.Module):
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
-        _check_positive("clip", config, ("embed_dim",))
+        check_positive("clip", config, ("embed_dim",))
         self.config = config
         self.text: TextEncoder = build("text", {"name": "clip", **config.text})
         self.image: ImageTower = build("image", {"name": "vit", **config.image})
@@ -265,7 +181,8 @@ def _projection(width: int, embed_dim: int) -> nn.Parameter:
     return nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
 
 
-def _check_positive(owner: str, config: object, names: tuple[str, ...]) -> None:
+def check_positive(owner: str, config: object, names: tuple[str, ...]) -> None:
+    """Raise ConfigError where one of these numbers is below 1."""
     for name in names:
         if getattr(config, name) < 1:
             raise ConfigError(f"{owner}.{name} is {getattr(config, name)}, must be at least 1")
