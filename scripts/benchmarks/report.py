@@ -21,7 +21,8 @@ first: a workload whose outputs differ by more than its tolerance is not timed.
   ops: aten operations that compute or copy, without views. syncs: operations at which the host waits for a value.
 - **kept**: memory that autograd keeps for backward, without parameters. **breaks**: places where torch.compile leaves
   the graph, counted at the tiny scale. Both only where they apply.
-- Cross-attention keys and values of the text are made once per picture on our side, before the step that is timed.
+- Cross-attention keys and values of text and image prompt are made once per picture on our side, before the step that
+  is timed; T2I-Adapter's features on both sides.
 """
 COLUMNS = ("workload", "time", "bar", "s ours / theirs", "difference", "peak MB ours / theirs")
 COLUMNS += ("TFLOP ours / theirs", "ops ours / theirs", "syncs", "kept MB", "breaks")

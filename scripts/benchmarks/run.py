@@ -15,7 +15,8 @@ import torch
 from ldm.registry import ConfigError, suggest
 from scripts.benchmarks import measure, report
 from scripts.benchmarks.networks import SCALES
-from scripts.benchmarks.workloads import DTYPES, WORKLOADS, Setting, Workload
+from scripts.benchmarks.setting import DTYPES, Setting
+from scripts.benchmarks.workloads import WORKLOADS, Workload
 
 SIDES = ("ours", "theirs")
 

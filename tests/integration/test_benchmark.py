@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 from ldm.control import Control
 from ldm.denoiser import Denoiser
+from ldm.models import attention
+from ldm.models.unet import num_parameters
 from ldm.registry import ConfigError
 from ldm.training import optim
 
@@ -17,11 +20,13 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from scripts import benchmark
-from scripts.benchmarks import measure, networks, report, run
+from scripts.benchmarks import measure, networks, report, run, steps
 from scripts.benchmarks.workloads import WORKLOADS
 
 CPU = torch.device("cpu")
 STEPS = [name for name, work in WORKLOADS.items() if work.steps and not work.trains]
+UNFUSED = {"text_to_image_bf16", "controlnet_image_bf16", "ip_step_bf16", "all_step_bf16"}
+UNFUSED |= {"t2i_train_bf16", "ip_train_bf16"}  # attention as two products, which is faster, takes more operations
 
 
 def sides(name: str, **more: Any) -> dict[str, Any]:
@@ -29,12 +34,13 @@ def sides(name: str, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_sides_agree_and_ours_asks_less(name: str) -> None:
+def test_sides_agree_and_ours_asks_less(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     work, runs = WORKLOADS[name], sides(name)
     assert measure.difference(runs["ours"](), runs["theirs"]()) <= work.tolerance
-    ours, theirs = (run.figures(runs[side], work) for side in ("ours", "theirs"))
-    if name not in ("text_to_image_bf16", "controlnet_image_bf16"):  # unfused attention: docs/performance.md
-        assert ours["ops"] < theirs["ops"]
+    if name in UNFUSED:
+        monkeypatch.setattr(attention, "UNFUSED_KEYS", 0)
+    ours, theirs = (run.figures(runs[side], work) for side in run.SIDES)
+    assert ours["ops"] < theirs["ops"]
     if work.steps and not work.trains:  # keys and values of the text are made once per picture
         assert ours["flops"] < theirs["flops"]
     assert ours["flops"] <= theirs["flops"]
@@ -42,6 +48,33 @@ def test_sides_agree_and_ours_asks_less(name: str) -> None:
         assert ours["syncs"] == 0
     if work.trains:
         assert ours["saved"] > 0 and theirs["saved"] > 0
+
+
+@pytest.mark.parametrize("side", run.SIDES)
+def test_every_adapter_of_a_step_is_heard(side: str) -> None:
+    setting = dataclasses.replace(run.setting("all_step_fp32", "tiny", "cpu"), sides=(side,))
+    outputs: list[torch.Tensor] = []
+    for n in range(len(steps.ADAPTERS) + 1):
+        torch.manual_seed(0)  # the networks that one more adapter joins are the same
+        outputs.append(steps.denoising_step(setting, kinds=steps.ADAPTERS[:n])[side]())
+    assert all(measure.difference(more, less) > 0.01 for less, more in pairwise(outputs))
+
+
+@pytest.mark.parametrize("side", run.SIDES)
+@pytest.mark.parametrize("name", ["t2i_train_bf16", "ip_train_bf16"])
+def test_a_side_alone_trains_its_adapter(name: str, side: str) -> None:
+    step = sides(name, sides=(side,))[side]
+    (before, norm), (after, _) = step(), step()
+    assert norm > 0 and after != before
+
+
+def test_adapters_at_full_size_are_the_published_ones() -> None:
+    scale, meta = networks.SCALES["full"], torch.device("meta")
+    assert num_parameters(networks.their_t2i(scale, meta)) == 77_000_640
+    ours, parts = networks.ip_adapter(scale, meta)
+    assert num_parameters(ours) == 22_319_616
+    assert parts["image_proj"]["proj.weight"].shape == (4 * 768, 1024)
+    assert sorted(parts["ip_adapter"]) == sorted(f"{n}.to_{x}_ip.weight" for n in range(1, 32, 2) for x in "kv")
 
 
 @pytest.mark.slow
