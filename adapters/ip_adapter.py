@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from adapters.layers import FrozenEncoder, Resampler
+from adapters.layers import FrozenEncoder, Resampler, blank_tower
 from ldm.control import Adapter, Control, ExtraKV
 from ldm.models.attention import TransformerBlock
 from ldm.models.clip import ImageTower
 from ldm.models.unet import UNet
-from ldm.registry import ConfigError, build, register
+from ldm.registry import ConfigError, register
 
 VARIANTS = ("base", "plus", "full")
 INITS = ("copy", "random")
@@ -97,7 +97,7 @@ class ImagePrompt(nn.Module):
 
     def __init__(self, options: IPAdapterOptions, context_dim: int, tower: ImageTower | None) -> None:
         super().__init__()
-        self.encoder = FrozenEncoder(tower or _tower(options.encoder), pooled=options.variant == "base")
+        self.encoder = FrozenEncoder(tower or blank_tower(options.encoder), pooled=options.variant == "base")
         self.pooled = options.variant == "base"
         width = self.encoder.width
         if options.variant == "base":
@@ -127,12 +127,6 @@ class ImagePrompt(nn.Module):
     def null(self, features: Tensor) -> Tensor:
         """What stands for no image, like `features`: a zero vector in "base", else the encoded zero image."""
         return torch.zeros_like(features) if self.pooled else self.encoder.zero().expand_as(features).to(features.dtype)
-
-
-def _tower(node: Mapping[str, Any]) -> ImageTower:
-    """An encoder of the right shape without its weights."""
-    tower: ImageTower = build("image", {k: v for k, v in node.items() if k not in ("weights", "weights_prefix")})
-    return tower.requires_grad_(False).eval()
 
 
 @register("adapter", "ip_adapter", options=IPAdapterOptions)
@@ -191,7 +185,7 @@ class SimpleIPAdapter(Adapter[Control]):
     """
 
     image_prompt = True
-    weighable = False
+    weighable = frozenset()
     hint_range = (0.0, 1.0)
 
     def __init__(self, options: IPAdapterOptions, *, unet: UNet, tower: ImageTower | None = None) -> None:

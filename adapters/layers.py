@@ -1,6 +1,7 @@
 """Pieces that two or more adapters share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.models.clip import ImageTower
+from ldm.registry import build
 
 
 def init_gaussian(module: nn.Conv2d | nn.Linear) -> None:
@@ -63,6 +65,12 @@ def check_size(features: Tensor, x_t: Tensor, stride: int, factor: int) -> None:
         )
 
 
+def blank_tower(node: Mapping[str, Any]) -> ImageTower:
+    """The image tower that an adapter's `encoder:` describes, frozen, without its weights."""
+    tower: ImageTower = build("image", {k: v for k, v in node.items() if k not in ("weights", "weights_prefix")})
+    return tower.requires_grad_(False).eval()
+
+
 class FrozenEncoder(nn.Module):
     """An image tower that an adapter listens to but does not own.
 
@@ -70,11 +78,17 @@ class FrozenEncoder(nn.Module):
     several adapters may share one. It follows its adapter to other devices and types.
     """
 
-    def __init__(self, tower: ImageTower, *, pooled: bool) -> None:
-        """Args: tower: in eval mode, frozen; pooled: one vector per image (`ImageTower.forward`), else its tokens."""
+    def __init__(self, tower: ImageTower, *, pooled: bool, last: bool = False) -> None:
+        """Listen to a tower.
+
+        Args:
+            tower: in eval mode, frozen.
+            pooled: read one vector per image (`ImageTower.forward`), else its tokens.
+            last: which tokens, see `ImageTower.tokens`.
+        """
         super().__init__()
         self._tower = (tower,)  # in a tuple, where torch does not look for modules
-        self._pooled = pooled
+        self._pooled, self._last = pooled, last
         self._zero: Tensor | None = None
 
     @property
@@ -119,7 +133,7 @@ class FrozenEncoder(nn.Module):
         return self._zero
 
     def _encode(self, x: Tensor) -> Tensor:
-        return self.tower(x)[:, None] if self._pooled else self.tower.tokens(x)
+        return self.tower(x)[:, None] if self._pooled else self.tower.tokens(x, last=self._last)
 
 
 class Resampler(nn.Module):
@@ -178,3 +192,25 @@ class ResamplerLayer(nn.Module):
         q, k, v = (rearrange(y, "b n (h d) -> b h n d", d=self.head_dim) for y in (self.to_q(own), k, v))
         z = z + self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
         return z + self.ff_out(F.gelu(self.ff_in(self.ff_norm(z))))
+
+
+class EncoderBlock(nn.Module):
+    """CLIP's transformer block: self-attention, then a feed-forward with QuickGELU; LayerNorm ahead of each."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim)
+        self.to_qkv = nn.Linear(dim, 3 * dim)
+        self.to_out = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor, heard: Tensor | None = None) -> Tensor:
+        """Tokens b n dim -> b n dim. `heard`: b n n bool, which keys each query sees; None: all."""
+        q, k, v = rearrange(self.to_qkv(self.norm1(x)), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        mask = None if heard is None else heard[:, None]
+        x = x + self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v, mask), "b h n d -> b n (h d)"))
+        h = self.fc1(self.norm2(x))
+        return x + self.fc2(h * torch.sigmoid(1.702 * h))

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ldm import models, registry  # noqa: F401  (importing models registers them)
 from ldm.config import Node, RunConfig
-from ldm.control import Adapter
+from ldm.control import Adapter, Fuser
 from ldm.convert import slots
 from ldm.data.images import ImageData
 from ldm.denoiser import AdapterUse, Denoiser, check_use
@@ -76,7 +76,7 @@ def weights_file(kind: str, node: Node, slot: str) -> Path | None:
     Args:
         kind: of the node, as in the registry.
         node: its YAML.
-        slot: where it stands: "model.unet", "adapters.canny".
+        slot: where it stands: "model.unet", "adapters.canny", "fuser".
 
     Returns: a file; a folder of models only where the node needs several of them.
     Raises: ConfigError if the key holds no path, or a folder does not have the network.
@@ -190,7 +190,7 @@ def _tower(name: str, node: Node) -> ImageTower:
 
 
 def denoiser(config: RunConfig) -> Denoiser:
-    """The UNet with every adapter of the config, weights loaded.
+    """The UNet with every adapter of the config and its fuser, weights loaded.
 
     Raises: ConfigError as `component`.
     """
@@ -207,4 +207,7 @@ def denoiser(config: RunConfig) -> Denoiser:
         adapter: Adapter[Any] = _filled("adapter", options, use.weights, f"adapters.{name}", **runtime)
         check_use(name, use, adapter, unet.spec)
         built[name] = adapter
-    return Denoiser(unet, built)
+    fuser: Fuser | None = None
+    if config.fuser is not None:
+        fuser = component("fuser", config.fuser, "fuser", unet=unet, adapters=built)
+    return Denoiser(unet, built, fuser)

@@ -155,6 +155,7 @@ class RunConfig:
     run: RunDir = dataclasses.field(default_factory=RunDir)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     adapters: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # name -> adapter and AdapterUse keys
+    fuser: Node | None = None  # kind "fuser": lets adapters see each other (CoAdapter)
     stage: Node | None = None  # kind "stage": what is trained
     data: Node | None = None  # kind "data": what it is trained on
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)

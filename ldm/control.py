@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import ClassVar, Generic, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -200,11 +201,13 @@ class Adapter(nn.Module, ABC, Generic[P]):
     Attributes:
         hint_range: lowest and highest value of a hint, which sampling checks; None if any will do.
         image_prompt: the hint is a picture to take content from, of any size, not a map of the picture to draw.
+        weighable: which keys of its use weaken it; those that cannot are refused. Control's scale, mask and blocks
+            reach all but `context`.
     """
 
     hint_range: tuple[float, float] | None = None
     image_prompt: ClassVar[bool] = False
-    weighable: ClassVar[bool] = True  # False: it speaks through context, which no scale, block or mask reaches
+    weighable: ClassVar[frozenset[str]] = frozenset({"scale", "mask", "blocks"})
 
     @property
     def heard(self) -> tuple[nn.Module, ...]:
@@ -241,3 +244,27 @@ class Adapter(nn.Module, ABC, Generic[P]):
     @abstractmethod
     def control(self, x_t: Tensor, t: Tensor, base: Control, prepared: P) -> Control:
         """Once per step. `base` carries context and vector only: adapters never see each other."""
+
+    def scaled(self, control: Control, s: float, prepared: P) -> Control:
+        """What `control` gave for `prepared`, at weight s. 0 is silence, bit for bit."""
+        del prepared
+        return control.scaled(s)
+
+
+class Fuser(nn.Module, ABC):
+    """Lets the prepared hints of several adapters see each other, once per image, before any of them speaks."""
+
+    @abstractmethod
+    def forward(
+        self, prepared: Mapping[str, Any], scales: Mapping[str, float], given: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """Change what some of the adapters prepared; what it does not know stays as it is.
+
+        Args:
+            prepared: adapter name -> what its `prepare` gave for b pictures.
+            scales: adapter name -> weight that its Control gets later, 1 where missing. It counts in what is read, and
+                is not applied to what is returned.
+            given: adapter name -> b bool, False where the hint was dropped in training; True where missing.
+
+        Returns: as `prepared`.
+        """

@@ -1,6 +1,7 @@
 """Denoiser: the UNet and its adapters as one module, the one that DDP and FSDP wrap."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldm import registry
-from ldm.control import Adapter, Control
+from ldm.control import Adapter, Control, Fuser
 from ldm.models.unet import UNet, UNetSpec
 from ldm.registry import ConfigError
 
@@ -55,8 +56,8 @@ class AdapterUse:
         """Whether step `step` of `steps` (0-based) lies within start..end."""
         return not (step / steps < self.start or (step + 1) / steps > self.end)
 
-    def weigh(self, control: Control) -> Control:
-        """Apply scale, guess ladder and skip scales to what the adapter said."""
+    def weigh(self, control: Control, scaled: Callable[[Control, float], Control] = Control.scaled) -> Control:
+        """Apply scale (as `scaled` does), guess ladder and skip scales to what the adapter said."""
         if self.guess:
             if not control.skips and control.mid is None:
                 raise ConfigError("guess weakens skips and the middle; this adapter has neither: drop guess")
@@ -64,7 +65,7 @@ class AdapterUse:
             control = weigh_skips(control, [GUESS_BASE ** (n - k) for k in range(n + 1)])
         if self.skip_scales is not None:
             control = weigh_skips(control, self.skip_scales)
-        return control if self.scale == 1.0 else control.scaled(self.scale)
+        return control if self.scale == 1.0 else scaled(control, self.scale)
 
 
 def weigh_skips(control: Control, scales: Sequence[float]) -> Control:
@@ -131,9 +132,11 @@ def check_blocks(blocks: Mapping[str, float], spec: UNetSpec) -> None:
 def check_use(name: str, use: AdapterUse, adapter: Adapter[Any], spec: UNetSpec) -> None:
     """Refuse what adapter `name` would leave unread, or what this UNet does not have. Raises: ConfigError."""
     check_blocks(use.blocks or {}, spec)
-    if not adapter.weighable and (use.scale not in (0, 1) or use.mask or use.blocks):
+    asked = {"scale": use.scale not in (0, 1), "mask": bool(use.mask), "blocks": bool(use.blocks)}
+    if any(on and key not in adapter.weighable for key, on in asked.items()):
+        allowed = "any number" if "scale" in adapter.weighable else "0, 1"
         raise ConfigError(
-            f"adapters.{name} speaks through the text's own attention: its scale is {use.scale:g}, allowed: 0, 1; "
+            f"adapters.{name} speaks through the text's own attention: its scale is {use.scale:g}, allowed: {allowed}; "
             "mask and blocks cannot act on it: drop them"
         )
     if adapter.image_prompt and use.extractor is not None:
@@ -146,12 +149,18 @@ def _plain(base: Control) -> Control:
 
 
 class Denoiser(nn.Module):
-    """A UNet with any number of adapters, each under the name that its hint and its config carry."""
+    """A UNet with any number of adapters, each under the name that its hint and its config carry.
 
-    def __init__(self, unet: UNet, adapters: Mapping[str, Adapter[Any]] | None = None) -> None:
+    A fuser changes what adapters prepared, in view of the others; without one each is on its own.
+    """
+
+    def __init__(
+        self, unet: UNet, adapters: Mapping[str, Adapter[Any]] | None = None, fuser: Fuser | None = None
+    ) -> None:
         super().__init__()
         self.unet = unet
         self.adapters = nn.ModuleDict(dict(adapters or {}))
+        self.fuser = fuser
 
     def forward(self, x_t: Tensor, t: Tensor, base: Control, hints: Mapping[str, Tensor]) -> Tensor:
         """Training forward: prepare the hints, add up the controls, run the UNet.
@@ -161,10 +170,11 @@ class Denoiser(nn.Module):
             t: b, timesteps.
             base: context and vector.
             hints: adapter name -> hint, in the range the adapter documents; adapters without a hint stay silent.
+                For a fuser a sample's hint of zeros is a dropped one.
 
         Returns: b c h w, prediction of the UNet's objective.
         """
-        prepared = self.prepare(hints)
+        prepared = self.fuse(self.prepare(hints), dropped=hints)
         return self.unet(x_t, t, base + self.control(x_t, t, base, prepared))
 
     @property
@@ -183,6 +193,24 @@ class Denoiser(nn.Module):
         self._check_names(hints)
         return {name: self.adapter(name).encode(hint) for name, hint in hints.items()}
 
+    def fuse(
+        self,
+        prepared: Mapping[str, Any],
+        scales: Mapping[str, float] | None = None,
+        dropped: Mapping[str, Tensor] = NOTHING,
+    ) -> dict[str, Any]:
+        """Once per image, behind `prepare`: what the fuser makes of it, if there is one.
+
+        Args:
+            prepared: of the adapters that take part.
+            scales: adapter name -> its scale in `control`, where it is not 1.
+            dropped: adapter name -> hint b ...; rows of zeros are dropped ones. Missing: none is dropped.
+        """
+        if self.fuser is None:
+            return dict(prepared)
+        given = {name: hint.flatten(1).any(dim=1) for name, hint in dropped.items()}
+        return self.fuser(prepared, scales or {}, given)
+
     def settle(self, prepared: Mapping[str, Any], base: Control) -> dict[str, Any]:
         """Once per image, for a `base` that is the same at every step: see `Adapter.settle`."""
         base = _plain(base)
@@ -200,9 +228,11 @@ class Denoiser(nn.Module):
         """Sum of the adapters' Controls, each weighted by its use, and by its mask (b 1 h w, see Control.masked)."""
         total, base = Control(), _plain(base)
         for name, ready in prepared.items():
-            said = self.adapter(name).control(x_t, t, base, ready)
+            adapter = self.adapter(name)
+            said = adapter.control(x_t, t, base, ready)
             if uses:
-                said = weigh_blocks(uses[name].weigh(said), uses[name].blocks, self.unet.spec)
+                said = uses[name].weigh(said, functools.partial(adapter.scaled, prepared=ready))
+                said = weigh_blocks(said, uses[name].blocks, self.unet.spec)
             total = total + (said.masked(masks[name]) if name in masks else said)
         return total
 

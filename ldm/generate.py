@@ -197,7 +197,8 @@ class _Branches:
         self._masks = {name: mask.to(self.device, self.dtype) for name, mask in masks.items()}
         heard = {n: h.to(self.device, self.dtype) for n, h in hints.items() if self._uses[n].scale != 0}
         needed, most = self._denoiser.encode(heard), max(self._bases)
-        told = self._denoiser.prepare(needed)
+        scales = {name: self._uses[name].scale for name in needed}
+        told = self._denoiser.fuse(self._denoiser.prepare(needed), scales)  # of the whole condition, for all branches
         shared = {n: h for n, h in needed.items() if most > 1 and not self._uses[n].guess}
         nulls = {n: self._denoiser.adapter(n).null(h) for n, h in shared.items()}
         silent = told | self._denoiser.prepare({n: null for n, null in nulls.items() if null is not None})

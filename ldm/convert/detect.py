@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ldm import registry
-from ldm.convert import infer, ip_adapter, tables_t2i
+from ldm.convert import infer, ip_adapter, tables_coadapter, tables_t2i
 from ldm.convert.infer import Config, ControlNetConfig, ProjectedTextConfig
 from ldm.convert.ip_adapter import IPAdapterConfig
 from ldm.convert.keymap import Renamed, grouped, nearest
+from ldm.convert.tables_coadapter import FuserConfig, StyleConfig
 from ldm.convert.tables_t2i import T2IConfig
 from ldm.models.text import TextConfig, TextEncoder
 from ldm.models.unet import UNet, UNetConfig
@@ -52,6 +53,13 @@ BARE = (  # of files of one network: the first whose probe is there
         for prefix in ("", "adapter.", "module.")
         for probe in ("body.0.block1.weight", "body.0.body.0.block1.weight")  # full and XL; light
     ),
+    *(
+        Section(part, "original", "original", prefix, probe)
+        for prefix in ("", "adapter.", "module.")
+        for part, probe in (("t2i_style", "style_embedding"), ("fuser", "task_embedding"))
+    ),
+    Section("t2i_style", "ours", "ours", "", "queries"),
+    Section("fuser", "ours", "ours", "", "write_tokens"),
     Section("ip_adapter", "original", "original", "", "ip_adapter.1.to_k_ip.weight"),
     Section("ip_adapter", "ours", "ours", "", "to_k.0.weight"),
     Section("image", "diffusers", "transformers", "", "vision_model.embeddings.class_embedding"),
@@ -96,6 +104,8 @@ READERS: dict[str, Callable[[Mapping[str, Tensor], str], tuple[Config, Renamed]]
     "text_2": infer.projected_text,
     "controlnet": infer.controlnet,
     "t2i_adapter": tables_t2i.t2i,
+    "t2i_style": tables_coadapter.style,
+    "fuser": tables_coadapter.fuser,
     "ip_adapter": ip_adapter.ip_adapter,
     "image": ip_adapter.vision,
 }
@@ -210,6 +220,8 @@ def shapes(config: Config) -> Mapping[str, torch.Size]:
             net = registry.build("adapter", {"name": "controlnet", **options}, unet=UNet(config.unet))
         elif isinstance(config, T2IConfig | IPAdapterConfig):
             net = registry.build("adapter", config.node, unet=UNet(config.unet))
+        elif isinstance(config, StyleConfig | FuserConfig):
+            net = registry.build(config.kind, config.node, unet=UNet(config.unet))
         elif isinstance(config, OpenCLIPConfig):
             net = OpenCLIPTower(config)
         elif isinstance(config, UNetConfig):
@@ -221,7 +233,7 @@ def shapes(config: Config) -> Mapping[str, torch.Size]:
 
 def architecture(config: Config) -> str:
     """The published model that a network has the shape of, or its shape in words."""
-    if isinstance(config, T2IConfig | IPAdapterConfig):
+    if isinstance(config, T2IConfig | IPAdapterConfig | StyleConfig | FuserConfig):
         return config.words
     if isinstance(config, OpenCLIPConfig):
         name = {(1280, 32): "OpenCLIP ViT-H/14", (1664, 48): "OpenCLIP ViT-bigG/14", (1024, 24): "CLIP ViT-L/14"}

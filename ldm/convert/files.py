@@ -23,7 +23,8 @@ from ldm.registry import ConfigError, suggest
 PICKLED = (".ckpt", ".pth", ".pt", ".bin")
 FOLDERS = {"unet": "unet", "vae": "vae", "text_encoder": "text", "text_encoder_2": "text_2", "controlnet": "controlnet"}
 EXTRAS = "extras"
-OURS = (*FOLDERS.values(), "t2i_adapter", "ip_adapter", "image", EXTRAS)  # stems of the files that `import` writes
+ALONE = ("t2i_adapter", "t2i_style", "fuser", "ip_adapter", "image")  # networks that no pipeline file has a place for
+OURS = (*FOLDERS.values(), *ALONE, EXTRAS)  # stems of the files that `import` writes
 IP_ADAPTER = ("image_proj", "ip_adapter")
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 ENDINGS = (".safetensors.index.json", ".safetensors", ".fp16.safetensors", ".bin.index.json", ".bin")

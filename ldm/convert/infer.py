@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm.convert import tables
 from ldm.convert.ip_adapter import IPAdapterConfig, vision_map
 from ldm.convert.keymap import KeyMap, Renamed, count, indices, size
+from ldm.convert.tables_coadapter import FuserConfig, StyleConfig
 from ldm.convert.tables_t2i import T2I_MAPS, T2IConfig
 from ldm.models.text import ALL_MERGES, ALPHABET, TextConfig
 from ldm.models.unet import UNetConfig
@@ -45,6 +46,8 @@ Config = (
     | ControlNetConfig
     | ProjectedTextConfig
     | T2IConfig
+    | StyleConfig
+    | FuserConfig
     | IPAdapterConfig
     | OpenCLIPConfig
 )
@@ -203,7 +206,7 @@ def keymap(config: Config, naming: str) -> KeyMap:
     """The layout of a network under these names: original | diffusers | transformers | open_clip | ours."""
     if isinstance(config, T2IConfig):
         return T2I_MAPS[naming](config)
-    if isinstance(config, IPAdapterConfig):
+    if isinstance(config, IPAdapterConfig | StyleConfig | FuserConfig):
         return config.keymap(naming)
     if isinstance(config, OpenCLIPConfig):
         return vision_map(config, naming)

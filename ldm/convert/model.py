@@ -20,6 +20,8 @@ from ldm.registry import ConfigError
 ADAPTERS = {  # layout of one adapter -> its network
     **dict.fromkeys(("controlnet_original", "controlnet_standalone", "controlnet_diffusers"), "controlnet"),
     **dict.fromkeys(("t2i_original", "t2i_diffusers"), "t2i_adapter"),
+    "t2i_style": "t2i_style",
+    "coadapter_fuser": "fuser",
     "ip_adapter": "ip_adapter",
 }
 LAYOUTS = ("original", "diffusers", *ADAPTERS)
@@ -231,7 +233,7 @@ def export(paths: Sequence[Path], layout: str, out: Path) -> list[Path]:
     if layout != "diffusers" and out.suffix != ".safetensors":
         raise ConfigError(f"--out is {out}, must end in .safetensors for layout {layout}")
     model = read(paths)
-    if layout not in ADAPTERS and (odd := sorted({"t2i_adapter", "ip_adapter", "image"} & model.parts.keys())):
+    if layout not in ADAPTERS and (odd := sorted({*files.ALONE} & model.parts.keys())):
         allowed = ", ".join(name for name, part in ADAPTERS.items() if part == odd[0]) or "no layout"
         raise ConfigError(f"layout {layout} has no place for a {odd[0]}; use {allowed}")
     if layout == "diffusers":

@@ -103,6 +103,8 @@ def _nodes(config: RunConfig) -> Iterator[tuple[str, Node, str]]:
         yield "adapter", node, f"adapters.{name}"
         if (encoder := build.encoder_node(name, node)) is not None:
             yield "image", encoder, f"adapters.{name}.encoder"
+    if config.fuser is not None:
+        yield "fuser", config.fuser, "fuser"
     for name, given in config.evaluation.measures.items():
         for node in given if isinstance(given, list) else [given]:
             if isinstance(node, dict) and isinstance(encoder := node.get("encoder"), dict):

@@ -83,15 +83,18 @@ def _load_trained(stage: Stage, config: RunConfig) -> list[Path]:
     Returns: the files read.
     """
     slots = {"vae": config.model.vae, "clip": config.model.clip, "model": config.model.unet} | config.adapters
-    trained = config.adapters or [name for name, module in stage.named_children() if module is stage.trained]
+    trained = [*config.adapters] or [name for name, module in stage.named_children() if module is stage.trained]
     nodes = {name: slots["model" if name == "denoiser" else name] or {} for name in trained}
     without = [name for name, node in nodes.items() if not node.get("weights")]
-    if not without:
+    unfused = config.fuser is not None and not config.fuser.get("weights")
+    if not without and not unfused:
         return []
     folder = checkpoint.latest(Path(config.run.dir))
     if folder is None:
-        raise ConfigError(f"no weights: for {', '.join(without)} and no checkpoint in {config.run.dir}: train first")
+        needy = ", ".join(without + ["fuser"] * unfused)
+        raise ConfigError(f"no weights: for {needy} and no checkpoint in {config.run.dir}: train first")
     given = {f"adapter.{name}" for name in config.adapters if name not in without}
+    given |= (set() if unfused else {"fuser"}) | (set() if without else {"adapter"})
     files = {folder / f"{stem}.safetensors": module for stem, module in stage.exports().items() if stem not in given}
     for file, module in files.items():
         checkpoint.load_weights(module, file)

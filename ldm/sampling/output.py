@@ -196,6 +196,7 @@ def _decisive(config: RunConfig) -> dict[str, Any]:
     """The part of a config that decides the pictures. Prompts and image files are paths in it: see `Output`."""
     whole = _plain(config)
     kept = {key: whole[key] for key in ("model", "adapters", "grid")}
+    kept |= {"fuser": whole["fuser"]} if whole["fuser"] else {}  # folders from before there were fusers stay the same
     return kept | {"sample": whole["sample"] | dict.fromkeys(INDIFFERENT)}
 
 

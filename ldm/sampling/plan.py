@@ -52,7 +52,7 @@ class Plan:
         seeds: columns of the grid.
         guidance: classifier-free guidance.
         uses: adapter name -> its use.
-        weights: slot ("model.unet", "adapters.canny") -> weights file.
+        weights: slot ("model.unet", "adapters.canny", "fuser") -> weights file.
         combination: settings that make this plan one of a sweep, by dotted key.
         tag: their part of file names.
     """
@@ -240,6 +240,7 @@ def run_overrides(run: Path) -> list[str]:
     config = configs.load(run / "config.yaml")
     files = {"model": "model.unet", "unet": "model.unet"}
     files |= {f"adapter.{name}": f"adapters.{name}" for name in config.adapters}
+    files |= {"fuser": "fuser"} if config.fuser is not None else {}
     if len(config.adapters) == 1:
         files["adapter"] = f"adapters.{next(iter(config.adapters))}"
     found = {slot: path for stem, slot in files.items() if (path := folder / f"{stem}.safetensors").is_file()}
@@ -283,7 +284,8 @@ def pin_weights(config: RunConfig) -> tuple[RunConfig, dict[str, Path]]:
     nodes: dict[str, Any] = {kind: pinned(f"model.{kind}", getattr(config.model, kind), kind) for kind in kinds}
     adapters = {name: pinned(f"adapters.{name}", node, "adapter") for name, node in config.adapters.items()}
     model = dataclasses.replace(config.model, **nodes)
-    return dataclasses.replace(config, model=model, adapters=adapters), weights
+    fuser = pinned("fuser", config.fuser, "fuser")
+    return dataclasses.replace(config, model=model, adapters=adapters, fuser=fuser), weights
 
 
 def _resolved(config: RunConfig, prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:

@@ -88,6 +88,7 @@ def dry_run(config: RunConfig) -> str:
         "vae": models.vae,
         "text": models.text,
         **dict(models.denoiser.adapters.items()),
+        "fuser": models.denoiser.fuser,
     }
     files = [*job.weights.values(), *sweep.masks, *(path for prompt in job.prompts for path in prompt.files)]
     absent = [str(path) for path in dict.fromkeys(files) if not path.exists()]

@@ -36,6 +36,8 @@ class DiffusionOptions:
         drop_text: probability that a caption is replaced by "" (for classifier-free guidance).
         drop_hint: probability, drawn independently, that a hint is replaced by the adapter's null (zeros if it has
             none).
+        all_or_none: shares of samples that keep every hint, and that lose every one; the rest draws by drop_hint
+            (CoAdapter: [0.1, 0.1] with drop_hint 0.5). null = all draw.
         drop_both: probability that caption and hints are dropped together; when it is set, drop_text and drop_hint are
             the probabilities of dropping only the one or only the other (IP-Adapter: 0.05 each). null = independent.
         timestep_sampling: "uniform", or "cubic": mostly noisy times (T2I-Adapter, arXiv:2302.08453, section 3.4).
@@ -48,6 +50,7 @@ class DiffusionOptions:
 
     drop_text: float = 0.1
     drop_hint: float = 0.0
+    all_or_none: tuple[float, float] | None = None
     drop_both: float | None = None
     timestep_sampling: str = "uniform"
     min_snr_gamma: float | None = None
@@ -63,6 +66,12 @@ class DiffusionOptions:
         if self.drop_both is not None and self.drop_both + self.drop_text + self.drop_hint > 1:
             shares = f"{self.drop_both}, {self.drop_text}, {self.drop_hint}"
             raise ConfigError(f"stage.drop_both, drop_text, drop_hint are {shares}; their sum must be at most 1")
+        shares = self.all_or_none or (0.0, 0.0)
+        if not (min(shares) >= 0 and sum(shares) <= 1) or (self.all_or_none and self.drop_both is not None):
+            raise ConfigError(
+                f"stage.all_or_none is {self.all_or_none}; must be two shares from 0 that sum to at most 1, or null "
+                f"where drop_both ({self.drop_both}) is set"
+            )
         if self.timestep_sampling not in SAMPLINGS:
             word, known = self.timestep_sampling, ", ".join(SAMPLINGS)
             raise ConfigError(f"stage.timestep_sampling is {word!r}; allowed: {known}{suggest(word, SAMPLINGS)}")
@@ -95,12 +104,13 @@ class DiffusionStage(Stage):
         self.schedule = schedule
         self.objective = objective
         self.uses = dict(uses)
+        self.partial = denoiser.fuser is not None  # its part for style tokens, say, where there is no style adapter
         self._null: dict[tuple[int, int], Control] = {}  # picture size -> condition of the empty caption
         self._cut = CutWarning()
 
     @property
     def trained(self) -> nn.Module:
-        """The denoiser: unet.* and adapters.*."""
+        """The denoiser: unet.*, adapters.* and fuser.*."""
         return self.denoiser
 
     @property
@@ -116,13 +126,14 @@ class DiffusionStage(Stage):
         return self
 
     def exports(self) -> Mapping[str, nn.Module]:
-        """The UNet as "model" when no adapter exists; else each adapter, and the UNet if any of it is trained."""
+        """The UNet as "model" when no adapter exists; else each adapter, the fuser, and the UNet if it is trained."""
         adapters = dict(self.denoiser.adapters.items())
         if not adapters:
             return {"model": self.denoiser.unet}
         stem = (lambda name: "adapter") if len(adapters) == 1 else (lambda name: f"adapter.{name}")
         unet = {"unet": self.denoiser.unet} if any(p.requires_grad for p in self.denoiser.unet.parameters()) else {}
-        return {stem(name): module for name, module in adapters.items()} | unet
+        fuser = {} if self.denoiser.fuser is None else {"fuser": self.denoiser.fuser}
+        return {stem(name): module for name, module in adapters.items()} | fuser | unet
 
     def check(self, batch: Batch) -> None:
         """Raises: ConfigError if the batch does not bring every adapter's hint."""
@@ -193,6 +204,9 @@ class DiffusionStage(Stage):
         o = self.options
         if o.drop_both is None:
             hints = {name: draws.uniform(f"drop_hint.{name}") < o.drop_hint for name in self.uses}
+            if o.all_or_none is not None:
+                r, (every, none) = draws.uniform("all_or_none"), o.all_or_none
+                hints = {name: (r >= every) & (drop | (r < every + none)) for name, drop in hints.items()}
             return draws.uniform("drop_text") < o.drop_text, hints
         r, one = draws.uniform("drop"), o.drop_both + o.drop_text
         hint = (r < o.drop_both) | ((r >= one) & (r < one + o.drop_hint))

@@ -20,7 +20,7 @@ from ldm.training.metrics import git_revision
 from ldm.training.stage import Stage
 
 log = logging.getLogger(__name__)
-SAME = ("seed", "model", "adapters", "stage", "data", "train.batch")  # a continued run is the same run in these
+SAME = ("seed", "model", "adapters", "fuser", "stage", "data", "train.batch")  # a continued run is the same in these
 EXCEPT = ("stage.preview_steps", "stage.preview_guidance", "data.memory")  # but these leave its numbers as they are
 SAVED = {"step", "skipped", "config", "names", "parameters", "buffers", "optimizers", "ema", "scaler"}
 WAY_OUT = "use the config of that run, or another run.dir (train.init_from takes over its weights)"

@@ -21,7 +21,7 @@ from ldm.training import estimate, stream
 ROOT = Path(__file__).resolve().parents[2] / "configs"
 EVERY = sorted(ROOT.rglob("*.yaml"))
 MODEL, DATA, TRAIN, SAMPLE = (sorted((ROOT / kind).rglob("*.yaml")) for kind in ("model", "data", "train", "sample"))
-TRAIN_WHAT = {"vae", "clip", "ldm", "controlnet", "t2i", "ip"}
+TRAIN_WHAT = {"vae", "clip", "ldm", "controlnet", "t2i", "ip", "coadapter"}
 
 
 load = functools.cache(config.load)  # a frozen dataclass: safe to share
@@ -49,6 +49,8 @@ def nodes(cfg: RunConfig) -> Iterator[tuple[str, Node]]:
             yield kind, {k: v for k, v in node.items() if k not in ("weights", "weights_prefix")}
     yield from (("data", node) for node in (cfg.data, cfg.validation.data) if node is not None)
     yield from (("adapter", build.split_use(name, node)[1]) for name, node in cfg.adapters.items())
+    if cfg.fuser is not None:
+        yield "fuser", {k: v for k, v in cfg.fuser.items() if k != "weights"}
     if cfg.stage is not None:
         yield "stage", cfg.stage
     yield "sampler", cfg.sample.sampler

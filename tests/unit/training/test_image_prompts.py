@@ -13,7 +13,7 @@ class Rates(DiffusionStage):
 
     def __init__(self, options: DiffusionOptions) -> None:
         torch.nn.Module.__init__(self)
-        self.options, self.uses = options, {"prompt": None}  # pyright: ignore[reportAttributeAccessIssue]
+        self.options, self.uses = options, {"prompt": None, "map": None}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_text_image_and_both_are_dropped_apart_as_often_as_they_should() -> None:
@@ -33,3 +33,18 @@ def test_without_drop_both_they_are_independent() -> None:
 def test_rates_that_exceed_one_are_refused() -> None:
     with pytest.raises(ConfigError, match="sum must be at most 1"):
         DiffusionOptions(drop_text=0.5, drop_hint=0.4, drop_both=0.2)
+
+
+def test_some_samples_keep_every_hint_and_some_none() -> None:
+    stage = Rates(DiffusionOptions(drop_hint=0.5, all_or_none=(0.1, 0.2)))
+    _, hints = stage._dropped(Draws(0, range(10_000)))
+    one, two = hints["prompt"], hints["map"]
+    assert (one & two).float().mean().item() == pytest.approx(0.2 + 0.7 / 4, abs=0.015)
+    assert (~one & ~two).float().mean().item() == pytest.approx(0.1 + 0.7 / 4, abs=0.015)
+    assert (one & ~two).float().mean().item() == pytest.approx(0.7 / 4, abs=0.015)
+
+
+@pytest.mark.parametrize(("shares", "both"), [((0.6, 0.5), None), ((-0.1, 0.5), None), ((0.1, 0.1), 0.05)])
+def test_shares_that_make_no_sense_are_refused(shares: tuple[float, float], both: float | None) -> None:
+    with pytest.raises(ConfigError, match=r"stage\.all_or_none is .*; must be two shares"):
+        DiffusionOptions(all_or_none=shares, drop_both=both)
