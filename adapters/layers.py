@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.models.clip import ImageTower
+from ldm.models.swin import Swin
 from ldm.registry import build
 
 
@@ -71,6 +72,13 @@ def blank_tower(node: Mapping[str, Any]) -> ImageTower:
     return tower.requires_grad_(False).eval()
 
 
+def _flat(references: Tensor) -> Tensor:
+    """References of all pictures in one row, b m 3 h w -> (b m) 3 h w. Raises: ValueError on another shape."""
+    if references.ndim != 5 or references.shape[2] != 3:
+        raise ValueError(f"references are {tuple(references.shape)}, must be b m 3 h w (m references for each picture)")
+    return rearrange(references, "b m c h w -> (b m) c h w")
+
+
 class FrozenEncoder(nn.Module):
     """An image tower that an adapter listens to but does not own.
 
@@ -115,14 +123,21 @@ class FrozenEncoder(nn.Module):
         Returns: b m n d, n = 1 where they are pooled.
         Raises: ValueError on another shape.
         """
-        if images.ndim != 5 or images.shape[2] != 3:
-            raise ValueError(f"references are {tuple(images.shape)}, must be b m 3 h w (m references for each picture)")
-        flat = rearrange(images, "b m c h w -> (b m) c h w")
+        flat = _flat(images)
         side = self.tower.image_size
         if flat.shape[-2:] != (side, side):
             flat = F.interpolate(flat.float(), size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
         features = self._encode(flat.to(images.dtype) * 2 - 1)
         return rearrange(features, "(b m) n d -> b m n d", m=images.shape[1])
+
+    def stages(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Feature maps b m c h w of a Swin, finest first, of references b m 3 h w in [0, 1] of any size.
+
+        Raises: ValueError on another shape.
+        """
+        assert isinstance(self.tower, Swin)
+        maps = self.tower.stages(_flat(images) * 2 - 1)
+        return tuple(rearrange(x, "(b m) c h w -> b m c h w", m=images.shape[1]) for x in maps)
 
     def zero(self) -> Tensor:
         """Features of the image that is zero behind the tower's own normalisation, 1 1 n d; computed once."""

@@ -121,7 +121,7 @@ def stage(config: RunConfig) -> Stage:
     makers = {
         "vae": lambda: component("vae", config.model.vae),
         "clip": lambda: component("clip", config.model.clip),
-        "text": lambda: component("text", config.model.text),
+        "text": lambda: text(config),
         "denoiser": lambda: denoiser(config),
         "schedule": lambda: schedule(config),
         "objective": lambda: config.model.objective,
@@ -134,6 +134,19 @@ def stage(config: RunConfig) -> Stage:
     return result
 
 
+def text(config: RunConfig) -> Any:
+    """The text encoder; None where `model.text` is null and an adapter stands for it.
+
+    Raises: ConfigError as `component`, or if neither gives the UNet its context.
+    """
+    if config.model.text is None and any(
+        getattr(registry.registered().get(("adapter", str(node.get("name")))), "gives_context", False)
+        for node in config.adapters.values()
+    ):
+        return None
+    return component("text", config.model.text)
+
+
 def schedule(config: RunConfig) -> Schedule:
     """The noise schedule. Raises: ConfigError on an unknown key or value."""
     result = Schedule(registry.checked(ScheduleConfig, config.model.schedule, "model.schedule"))
@@ -144,7 +157,7 @@ def schedule(config: RunConfig) -> Schedule:
 def split_use(name: str, node: Node) -> tuple[AdapterUse, Node]:
     """An adapter's YAML node -> how it is used, and what it is built from.
 
-    Raises: ConfigError on a name that no module can have, a node that is no mapping, or a wrong value.
+    Raises: ConfigError on a name that no module can have, a node that is no mapping, an unknown key, or a wrong value.
     """
     if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
         raise ConfigError(
@@ -153,9 +166,17 @@ def split_use(name: str, node: Node) -> tuple[AdapterUse, Node]:
         )
     if not isinstance(node, dict):  # pyright: ignore[reportUnnecessaryIsInstance]  (YAML may hold anything here)
         raise ConfigError(f"adapters.{name} is {node!r}, must be a mapping of keys, e.g. {{name: controlnet}}")
-    fields = {f.name for f in dataclasses.fields(AdapterUse)}
+    fields = [f.name for f in dataclasses.fields(AdapterUse)]
     use = registry.checked(AdapterUse, {k: v for k, v in node.items() if k in fields}, f"adapters.{name}")
-    return use, {k: v for k, v in node.items() if k not in fields}
+    options = {k: v for k, v in node.items() if k not in fields}
+    own = registry.keys("adapter", node.get("name"))
+    if own and (unknown := [str(k) for k in options if k not in (*own, "name")]):
+        known = list(dict.fromkeys([*own, *fields]))
+        raise ConfigError(
+            f"adapters.{name} has the unknown key {unknown[0]!r}; keys: {', '.join(known)}"
+            f"{registry.suggest(unknown[0], known)}"
+        )
+    return use, options
 
 
 def uses(config: RunConfig) -> dict[str, AdapterUse]:
@@ -172,12 +193,14 @@ def encoder_node(name: str, node: Node) -> Node | None:
 
 
 def reference_size(name: str, node: Node) -> int | None:
-    """Side in pixels of an adapter's image prompts; None if its hint is a map of the picture to draw.
+    """Side in pixels of an adapter's image prompts, 0 for their own; None if its hint is a map of the picture to draw.
 
     Raises: ConfigError as `denoiser`, about the encoder.
     """
     if (encoder := encoder_node(name, node)) is None:
         return None
+    if getattr(registry.registered().get(("adapter", str(node.get("name")))), "gives_context", False):
+        return 0
     options = {k: v for k, v in encoder.items() if k not in ("weights", "weights_prefix")}
     return registry.options("image", options).image_size
 

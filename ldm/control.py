@@ -203,32 +203,36 @@ class Adapter(nn.Module, ABC, Generic[P]):
         image_prompt: the hint is a picture to take content from, of any size, not a map of the picture to draw.
         weighable: which keys of its use weaken it; those that cannot are refused. Control's scale, mask and blocks
             reach all but `context`.
+        gives_context: it stands for the text: the other adapters hear its context as part of `base` (SeeCoder).
     """
 
     hint_range: tuple[float, float] | None = None
     image_prompt: ClassVar[bool] = False
     weighable: ClassVar[frozenset[str]] = frozenset({"scale", "mask", "blocks"})
+    gives_context: ClassVar[bool] = False
 
     @property
     def heard(self) -> tuple[nn.Module, ...]:
         """Frozen networks that `encode` runs, which the adapter does not own: they are no part of its state."""
         return ()
 
-    def encode(self, hint: Tensor) -> Tensor:
+    def encode(self, hint: Tensor) -> Any:
         """The hint as people give it -> as `prepare` takes it: what a frozen network makes of it, once per image.
 
-        Training may keep the result. Image prompts: b m 3 h w in [0, 1], m references for each picture -> b m n d.
+        A tensor b ..., or a tuple of such. Training may keep the result. Image prompts: b m 3 h w in [0, 1], m
+        references for each picture -> b m n d, or maps b m c h w.
         """
         return hint
 
     @abstractmethod
-    def prepare(self, hint: Tensor) -> P:
-        """Once per image: all that does not depend on x_t or t. `hint`: b ..., range as the adapter documents."""
+    def prepare(self, hint: Any) -> P:
+        """Once per image: all that does not depend on x_t or t. `hint`: as `encode` gives it."""
 
-    def null(self, hint: Tensor) -> Tensor | None:
+    def null(self, hint: Any) -> Any:
         """The hint of the unconditional branch, like `hint`; None means both branches hear the same hint (ControlNet).
 
-        Training with `drop_hint` puts it (zeros for None) in place of dropped hints.
+        It may be of one pixel where it is the same everywhere. Training with `drop_hint` puts it (zeros for None) in
+        place of dropped hints.
         """
         del hint
         return None

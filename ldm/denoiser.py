@@ -23,6 +23,7 @@ class AdapterUse:
     """How one adapter takes part in sampling: the keys every adapter has in YAML besides its own options."""
 
     hint: str | None = None  # name of the hint in the data; the adapter's own name when null
+    image: str | None = None  # what it hears in sampling: picture file, for an image prompt also a folder of references
     scale: float = 1.0  # weight of everything the adapter adds
     start: float = 0.0  # active part of sampling, fractions of its steps
     end: float = 1.0
@@ -94,7 +95,7 @@ def weigh_blocks(control: Control, blocks: Mapping[str, float] | None, spec: UNe
         spec: of the UNet; a layer's place is `CrossAttn.name`, that of a map at resolution i down.i wherever it enters,
             and of the bottleneck mid.
 
-    Raises: ConfigError as `check_blocks`, or if the control has neither.
+    Raises: ConfigError as `check_blocks`, if the control has neither, or says nothing at one of the places.
     """
     if blocks is None:
         return control
@@ -106,6 +107,7 @@ def weigh_blocks(control: Control, blocks: Mapping[str, float] | None, spec: UNe
         fitting = [name for name in blocks if place == name or place.startswith(f"{name}.")]
         return blocks[max(fitting, key=len)] if fitting else 1.0
 
+    _check_read(blocks, control, spec)
     layers = [weight(layer.name) for layer in spec.cross_attn]
     attn = tuple(  # attention is linear in its values
         dataclasses.replace(e, v=tuple(w * v for w, v in zip(layers, e.v, strict=True))) for e in control.attn
@@ -129,6 +131,18 @@ def check_blocks(blocks: Mapping[str, float], spec: UNetSpec) -> None:
             raise ConfigError(f"blocks.{name} is {value!r}, must be a finite number")
 
 
+def _check_read(blocks: Mapping[str, float], control: Control, spec: UNetSpec) -> None:
+    """Raise ConfigError on a place at which a control says nothing."""
+    places = [layer.name for layer in spec.cross_attn] if control.attn else []
+    places += [f"down.{i}" for i in range(len(spec.stages))] if control.stages or control.skips else []
+    places += ["mid"] if control.mid is not None else []
+    for name in blocks:
+        if not any(place == name or place.startswith(f"{name}.") for place in places):
+            raise ConfigError(
+                f"blocks has {name!r}, where this adapter says nothing; it speaks at {', '.join(places)}: drop the key"
+            )
+
+
 def check_use(name: str, use: AdapterUse, adapter: Adapter[Any], spec: UNetSpec) -> None:
     """Refuse what adapter `name` would leave unread, or what this UNet does not have. Raises: ConfigError."""
     check_blocks(use.blocks or {}, spec)
@@ -138,6 +152,11 @@ def check_use(name: str, use: AdapterUse, adapter: Adapter[Any], spec: UNetSpec)
         raise ConfigError(
             f"adapters.{name} speaks through the text's own attention: its scale is {use.scale:g}, allowed: {allowed}; "
             "mask and blocks cannot act on it: drop them"
+        )
+    if adapter.gives_context and (use.start, use.end) != (0.0, 1.0):
+        raise ConfigError(
+            f"adapters.{name} stands for the text, but start is {use.start:g} and end {use.end:g}; it must be heard at "
+            "every step: drop both keys"
         )
     if adapter.image_prompt and use.extractor is not None:
         raise ConfigError(f"adapters.{name}.extractor is set, but its hint is a picture as it is; drop the key")
@@ -162,7 +181,7 @@ class Denoiser(nn.Module):
         self.adapters = nn.ModuleDict(dict(adapters or {}))
         self.fuser = fuser
 
-    def forward(self, x_t: Tensor, t: Tensor, base: Control, hints: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, base: Control, hints: Mapping[str, Any]) -> Tensor:
         """Training forward: prepare the hints, add up the controls, run the UNet.
 
         Args:
@@ -174,7 +193,7 @@ class Denoiser(nn.Module):
 
         Returns: b c h w, prediction of the UNet's objective.
         """
-        prepared = self.fuse(self.prepare(hints), dropped=hints)
+        base, prepared = self.tell(base, self.fuse(self.prepare(hints), dropped=hints))
         return self.unet(x_t, t, base + self.control(x_t, t, base, prepared))
 
     @property
@@ -183,12 +202,12 @@ class Denoiser(nn.Module):
         every = {name: self.adapter(name).heard for name in self.adapters}
         return {name: nn.ModuleList(heard) for name, heard in every.items() if heard}
 
-    def prepare(self, hints: Mapping[str, Tensor]) -> dict[str, Any]:
+    def prepare(self, hints: Mapping[str, Any]) -> dict[str, Any]:
         """Once per image: adapter name -> what it needs at every step. Raises: ConfigError on an unknown name."""
         self._check_names(hints)
         return {name: self.adapter(name).prepare(hint) for name, hint in hints.items()}
 
-    def encode(self, hints: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, hints: Mapping[str, Tensor]) -> dict[str, Any]:
         """Once per image: adapter name -> hint as `prepare` takes it, see `Adapter.encode`. Raises: as `prepare`."""
         self._check_names(hints)
         return {name: self.adapter(name).encode(hint) for name, hint in hints.items()}
@@ -197,7 +216,7 @@ class Denoiser(nn.Module):
         self,
         prepared: Mapping[str, Any],
         scales: Mapping[str, float] | None = None,
-        dropped: Mapping[str, Tensor] = NOTHING,
+        dropped: Mapping[str, Any] = NOTHING,
     ) -> dict[str, Any]:
         """Once per image, behind `prepare`: what the fuser makes of it, if there is one.
 
@@ -208,8 +227,18 @@ class Denoiser(nn.Module):
         """
         if self.fuser is None:
             return dict(prepared)
-        given = {name: hint.flatten(1).any(dim=1) for name, hint in dropped.items()}
+        given = {name: hint.flatten(1).any(dim=1) for name, hint in dropped.items() if isinstance(hint, Tensor)}
         return self.fuser(prepared, scales or {}, given)
+
+    def tell(self, base: Control, prepared: Mapping[str, Any]) -> tuple[Control, dict[str, Any]]:
+        """Once per image: `base` with what stands for the text, and what the other adapters prepared.
+
+        They hear that base; context that they add themselves (IP-Adapter's simple form) no adapter hears.
+        """
+        givers = [name for name in prepared if self.adapter(name).gives_context]
+        for name in givers:
+            base = base + prepared[name]
+        return base, {name: ready for name, ready in prepared.items() if name not in givers}
 
     def settle(self, prepared: Mapping[str, Any], base: Control) -> dict[str, Any]:
         """Once per image, for a `base` that is the same at every step: see `Adapter.settle`."""

@@ -187,6 +187,7 @@ class _Branches:
             negative = denoiser.unet.project(uncond)
             for k in (2, 3) if apart else (2,):
                 self._bases[k] = Control.batch(negative, self._bases[k - 1])
+        self._given = False  # whether an adapter stands for the text
         self._uses: dict[str, AdapterUse] = {}
         self._masks: dict[str, Tensor] = {}
         self._ready: dict[int, dict[str, Any]] = {}  # k -> what adapters prepared for the last k branches
@@ -202,16 +203,19 @@ class _Branches:
         shared = {n: h for n, h in needed.items() if most > 1 and not self._uses[n].guess}
         nulls = {n: self._denoiser.adapter(n).null(h) for n, h in shared.items()}
         silent = told | self._denoiser.prepare({n: null for n, null in nulls.items() if null is not None})
-        for k, base in self._bases.items():
+        self._given = any(self._denoiser.adapter(name).gives_context for name in told)
+        for k in self._bases:
             stacked: dict[str, Any] = {}
             for name in told if k == 1 else shared:
                 full = max(k - 1, 1) if self._denoiser.adapter(name).image_prompt else 1
                 stacked[name] = _stack([silent[name]] * (k - full) + [told[name]] * full)
+            base, stacked = self._denoiser.tell(self._bases[k], stacked)
+            self._bases[k] = self._denoiser.unet.project(base) if self._given else base
             self._ready[k] = self._denoiser.settle(stacked, base)
 
     @property
     def heard(self) -> list[str]:
-        """Adapters that have a hint and a weight."""
+        """Adapters that have a hint and a weight, and speak at every step."""
         return list(self._ready[1])
 
     def __call__(self, x_t: Tensor, t: float, guided: bool) -> tuple[Tensor, ...]:
@@ -222,7 +226,7 @@ class _Branches:
         x = x_t.to(self.dtype) if self._beside is None else torch.cat([x_t.to(self.dtype), self._beside], dim=1)
         active = [name for name in self.heard if self._uses[name].active(self.step, self.steps)]
         n = max(self._bases) if guided else 1
-        if n == 3 and not any(self._denoiser.adapter(name).image_prompt for name in active):
+        if n == 3 and not (self._given or any(self._denoiser.adapter(name).image_prompt for name in active)):
             n = 2
         return self._denoiser.unet(_stack([x] * n), self._times(x, t, n), self.control(x, t, n, active)).chunk(n)
 

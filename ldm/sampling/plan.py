@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from ldm import build
@@ -23,6 +24,7 @@ from ldm.registry import ConfigError, suggest
 from ldm.training import checkpoint
 
 STRENGTH: Final = 0.8  # what published image-to-image pipelines start from, and 1 where there is a mask
+LONGEST: Final = 1536  # pixels along the longer side of a reference that is read at its own size
 PRECISIONS: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -86,7 +88,7 @@ class Plan:
         return TextUse(s.clip_skip, s.prompt_weights, s.long_prompts)
 
     def hint(self, prompt: Prompt, name: str) -> Tensor:
-        """The hint of one adapter in [0, 1]: 3 h w, extracted if its use says so; an image prompt's references m 3 s s.
+        """The hint of one adapter in [0, 1]: 3 h w, extracted if its use says so; an image prompt's references m 3 h w.
 
         Raises: as `load_hint`; ConfigError if a folder of references is empty.
         """
@@ -108,7 +110,7 @@ class Plan:
     def masks(self) -> dict[str, Tensor]:
         """Adapter name -> where it counts, 1 h w of 0 and 1. Raises: as `load_mask`."""
         files = {name: use.mask for name, use in self.uses.items() if use.mask is not None}
-        return {name: load_mask(Path(file), self.size) for name, file in files.items()}
+        return {name: load_mask(Path(file), self.size, f"adapters.{name}") for name, file in files.items()}
 
     def item(self, row: int, seed: int) -> Item:
         """Prompt number `row` with one seed."""
@@ -172,9 +174,15 @@ def load_hint(path: Path, size: tuple[int, int], extract: Callable[[Tensor], Ten
 def load_reference(path: Path, side: int) -> Tensor:
     """An image prompt as 3 side side in [0, 1]: shorter side resized (bicubic), then the centre, as CLIP is trained.
 
-    Raises: DataError if it cannot be read.
+    A side of 0 keeps the image's own size, up to LONGEST: a longer one is shrunk as a whole.
+
+    Raises: DataError if it cannot be read; ConfigError if it is one pixel wide or high.
     """
-    pixels = transforms.resize(read_image(path), side, crop="center", hint=False)
+    image = _shown(read_image(path), "reference", path)
+    if side == 0:
+        shortest = round(min(image.size) * min(LONGEST / max(image.size), 1))
+        return transforms.to_hint(transforms.resize(image, max(shortest, 1), crop="center", hint=False))
+    pixels = transforms.resize(image, side, crop="center", hint=False)
     top, left = ((length - side) // 2 for length in pixels.shape[-2:])
     return transforms.to_hint(transforms.Window(top, left, side, False).cut(pixels))
 
@@ -186,26 +194,30 @@ def load_image(path: Path, size: tuple[int, int]) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def load_mask(path: Path, size: tuple[int, int]) -> Tensor:
+def load_mask(path: Path, size: tuple[int, int], adapter: str | None = None) -> Tensor:
     """A mask as 1 h w of 0 and 1, resized (by area) as a hint is; grey from one half on counts as white.
+
+    Args:
+        path: image file.
+        size: (height, width).
+        adapter: whose mask it is, for messages; None for one of what to draw anew.
 
     Raises: as `load_hint`; ConfigError if nothing in it is white.
     """
     grey = transforms.to_hint(_fitted("mask", path, size)).mean(0, keepdim=True)
     mask = (grey >= 0.5).float()
     if not mask.any():
-        raise ConfigError(
-            f"mask {path} has no white pixel, so nothing would be drawn; make white what is to be redrawn"
-        )
+        then = "nothing would be drawn; make white what is to be redrawn"
+        if adapter is not None:
+            then = f"{adapter} would count nowhere; make white where it counts, or set its scale to 0"
+        raise ConfigError(f"mask {path} has no white pixel, so {then}")
     return mask
 
 
 def _fitted(what: str, path: Path, size: tuple[int, int]) -> Tensor:
     """The pixels of an image file, 3 h w uint8 of that size."""
     hint = what != "image"
-    image = read_image(path, hint=hint)
-    if min(image.size) < 2:
-        raise ConfigError(f"{what} {path} is {image.height}x{image.width} (h w), which shows nothing; give a picture")
+    image = _shown(read_image(path, hint=hint), what, path)
     pixels = transforms.resize(image, min(size), crop="center", hint=hint)
     if pixels.shape[1:] != size:
         raise ConfigError(
@@ -213,6 +225,13 @@ def _fitted(what: str, path: Path, size: tuple[int, int]) -> Tensor:
             f"shape; crop the {what}, or change sample.height and sample.width"
         )
     return pixels
+
+
+def _shown(image: Image.Image, what: str, path: Path) -> Image.Image:
+    """The same image. Raises: ConfigError if there is nothing to see in it."""
+    if min(image.size) < 2:
+        raise ConfigError(f"{what} {path} is {image.height}x{image.width} (h w), which shows nothing; give a picture")
+    return image
 
 
 def check_pair(image: Path, mask: Path) -> None:
@@ -276,7 +295,7 @@ def pin_weights(config: RunConfig) -> tuple[RunConfig, dict[str, Path]]:
         if file is None:
             raise ConfigError(f"{slot}.weights is not set: random weights draw noise; name a safetensors file or a run")
         weights[slot] = file
-        encoder = build.encoder_node(slot, node) if kind == "adapter" else None
+        encoder = build.encoder_node(slot.partition(".")[2], node) if kind == "adapter" else None
         inner = {"encoder": pinned(f"{slot}.encoder", encoder, "image")} if encoder else {}
         return {**node, **inner, "weights": str(file)}
 
@@ -289,9 +308,10 @@ def pin_weights(config: RunConfig) -> tuple[RunConfig, dict[str, Path]]:
 
 
 def _resolved(config: RunConfig, prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
-    """Prompts with their negative text and their files; a prompt's own win over those of `sample:`."""
+    """Prompts with their negative text and their files; a prompt's own win over `sample:`, that over an adapter's."""
     s, rows = config.sample, len(prompts)
-    shared = {name: _files(f"sample.hints.{name}", value, rows) for name, value in s.hints.items()}
+    own = {name: [Path(use.image)] * rows for name, use in build.uses(config).items() if use.image is not None}
+    shared = own | {name: _files(f"sample.hints.{name}", value, rows) for name, value in s.hints.items()}
     images, masks = (
         [None] * rows if value is None else _files(f"sample.{name}", value, rows)
         for name, value in (("image", s.image), ("mask", s.mask))

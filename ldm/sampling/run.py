@@ -76,7 +76,7 @@ def dry_run(config: RunConfig) -> str:
         models = generate.Models(
             denoiser=build.denoiser(job.config),
             vae=build.component("vae", job.config.model.vae),
-            text=build.component("text", job.config.model.text) if job.config.model.text is not None else None,
+            text=build.text(job.config),
             schedule=build.schedule(job.config),
             objective=job.config.model.objective,
         )
@@ -118,7 +118,7 @@ def load_models(config: RunConfig, device: torch.device) -> generate.Models:
     return generate.Models(
         denoiser=ready(build.denoiser(config)),
         vae=ready(build.component("vae", config.model.vae), torch.float32 if dtype == torch.float16 else dtype),
-        text=ready(build.component("text", config.model.text)) if config.model.text is not None else None,
+        text=None if (text := build.text(config)) is None else ready(text),
         schedule=build.schedule(config),
         objective=config.model.objective,
     )
@@ -188,6 +188,25 @@ def _check_models(sweep: Sweep, models: generate.Models) -> None:
                 check_use(name, use, models.denoiser.adapter(name), unet.spec)
     if models.text is not None:
         _check_texts(sweep, models.text)
+    else:
+        _check_textless(sweep, models)
+
+
+def _check_textless(sweep: Sweep, models: generate.Models) -> None:
+    """Refuse texts that nothing reads, and pictures that nothing gives a context. Raises: ConfigError."""
+    givers = [name for name in models.denoiser.adapters if models.denoiser.adapter(name).gives_context]
+    for job in sweep.plans:
+        with naming(job.combination):
+            if text := next((text for p in job.prompts for text in (p.text, p.negative) if text), None):
+                raise ConfigError(
+                    f"a prompt is {text!r:.60}, but model.text is null, so nothing reads it; drop the text, or include "
+                    "a text encoder"
+                )
+            if not any(name in job.prompts[0].hints and job.uses[name].scale for name in givers):
+                raise ConfigError(
+                    f"model.text is null, and adapter {givers[0]!r}, which stands for the text, has no picture or "
+                    f"scale 0; set sample.hints.{givers[0]}, and scale 1"
+                )
 
 
 def _check_texts(sweep: Sweep, text: Text) -> None:
@@ -246,7 +265,7 @@ def _report(sweep: Sweep, models: generate.Models) -> dict[TextUse, dict[str, in
     """Log silent adapters and texts longer than the text encoder's context. Returns: text -> tokens cut, by its use."""
     first = sweep.plans[0]
     for name in first.uses.keys() - first.prompts[0].hints.keys():
-        log.warning("adapter %r has no hint and stays silent; set sample.hints.%s", name, name)
+        log.warning("adapter %r has no hint and stays silent; set adapters.%s.image or sample.hints.%s", *[name] * 3)
     if models.text is None:
         return {}
     texts: dict[TextUse, dict[str, int]] = {}

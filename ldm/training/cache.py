@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from ldm.models.vae import Posterior
 log = logging.getLogger(__name__)
 ENCODE_BATCH = 64
 EncodeImages = Callable[[Tensor], Posterior]  # images b 3 h w in [-1, 1] -> posterior of the unscaled latent
-EncodePrompts = Callable[[Tensor], dict[str, Tensor]]  # references b 3 h w in [-1, 1] -> adapter -> features b 1 n d
+EncodePrompts = Callable[[Tensor], dict[str, Any]]  # references b 3 h w in [-1, 1] -> adapter -> features b 1 ...
+T = TypeVar("T")
 Encode = Callable[[Sequence[str], tuple[int, int]], Control]  # captions and (height, width) in pixels -> condition
 
 
@@ -31,7 +32,7 @@ class Latents:
         mean, std: b c h w, posterior of the unscaled latent, float32.
         base: condition of the captions, all tensors b ...
         hints: name -> b 3 h w in [0, 1].
-        prompts: adapter name -> b m n d, encoded image prompts.
+        prompts: adapter name -> encoded image prompts, a tensor b ... or a tuple of such.
     """
 
     keys: list[str]
@@ -39,24 +40,24 @@ class Latents:
     std: Tensor
     base: Control
     hints: dict[str, Tensor] = field(default_factory=dict)
-    prompts: dict[str, Tensor] = field(default_factory=dict)
+    prompts: dict[str, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> "Latents":
         """The same batch on `device`."""
-        move = {"device": device, "non_blocking": True}
-        hints, prompts = ({name: h.to(**move) for name, h in d.items()} for d in (self.hints, self.prompts))
-        base = tree_map(lambda x: x.to(**move), self.base)
-        return Latents(self.keys, self.mean.to(**move), self.std.to(**move), base, hints, prompts)
+        return self._each(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Latents":
         """The same batch in page-locked memory, from where `to` copies in the background; DataLoader calls this."""
-        hints, prompts = ({name: h.pin_memory() for name, h in d.items()} for d in (self.hints, self.prompts))
-        base = tree_map(lambda x: x.pin_memory(), self.base)
-        return Latents(self.keys, self.mean.pin_memory(), self.std.pin_memory(), base, hints, prompts)
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Latents":
+        mean, std = change(self.mean), change(self.std)
+        base = tree_map(change, self.base)
+        return Latents(self.keys, mean, std, base, tree_map(change, self.hints), tree_map(change, self.prompts))
 
 
-def tree_map(change: Callable[..., Tensor], first: Control, *rest: Control) -> Control:
-    """Change every tensor of a Control, given those in its place in the others, which have the same ones."""
+def tree_map(change: Callable[..., Tensor], first: T, *rest: T) -> T:
+    """Change every tensor of a Control, tuple or dict, given those in its place in the others, which have the same."""
     return pytree.tree_map(lambda x, *xs: change(x, *xs) if isinstance(x, Tensor) else x, first, *rest)
 
 
@@ -99,21 +100,21 @@ class LatentData(Dataset[Any]):
         self.base = tree_map(lambda *xs: torch.cat(xs), bases[0], *bases[1:])
         self.rows = rows
         self.hints = {name: torch.cat(h) for name, h in hints.items()}
-        self.prompts: dict[str, Tensor] = {}
+        self.prompts: dict[str, Any] = {}
         if encode_prompts is not None:
             self._encode_references(data, encode_prompts, device)
 
     def _encode_references(self, data: ImageData, encode: EncodePrompts, device: torch.device) -> None:
         wanted = list(dict.fromkeys(name for key in self.keys for name in data.references(key)))
         rows: dict[str, int] = {}
-        parts: dict[str, list[Tensor]] = {}
+        parts: list[dict[str, Any]] = []
         for start in tqdm(range(0, len(wanted), ENCODE_BATCH), desc="encoding references", mininterval=1.0):
             if pictures := _read(data, wanted[start : start + ENCODE_BATCH]):
                 rows |= {name: len(rows) + i for i, name in enumerate(pictures)}
-                for name, f in encode(torch.stack(list(pictures.values())).to(device)).items():
-                    parts.setdefault(name, []).append(f.half().cpu())
+                encoded = encode(torch.stack(list(pictures.values())).to(device))
+                parts.append(tree_map(lambda f: f.half().cpu(), encoded))
         with torch.autocast("cpu", enabled=False):  # under bf16 it cannot join halves
-            self.prompts = {name: torch.cat(f) for name, f in parts.items()}
+            self.prompts = tree_map(lambda *fs: torch.cat(fs), parts[0], *parts[1:])
         # None is left empty: each sample could be read above, with a reference of its own.
         self.references = [tuple(rows[name] for name in data.references(key) if name in rows) for key in self.keys]
 
@@ -134,7 +135,7 @@ class LatentData(Dataset[Any]):
         row = torch.tensor([self.rows[r] for r in rows])
         base = tree_map(lambda x: x[row], self.base)
         hints = {name: h[i].float() / 255 for name, h in self.hints.items()}
-        prompts = {name: f[j].float() for name, f in self.prompts.items()}
+        prompts = tree_map(lambda f: f[j].float(), self.prompts)
         return Latents([self.keys[r] for r in rows], self.mean[i], self.std[i], base, hints, prompts)
 
 

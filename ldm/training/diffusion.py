@@ -6,6 +6,7 @@ Rombach et al. 2022 (arXiv:2112.10752), Eq. 2; Zhang et al. 2023 (arXiv:2302.055
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,7 @@ class DiffusionStage(Stage):
         *,
         denoiser: Denoiser,
         vae: VAE,
-        text: Text,
+        text: Text | None,
         schedule: Schedule,
         objective: str,
         uses: Mapping[str, AdapterUse],
@@ -116,13 +117,14 @@ class DiffusionStage(Stage):
     @property
     def autocast(self) -> Sequence[nn.Module]:
         """All but the VAE: see `_posterior`."""
-        return (self.denoiser, self.text, *self.denoiser.heard.values())
+        return (self.denoiser, *([] if self.text is None else [self.text]), *self.denoiser.heard.values())
 
     def train(self, mode: bool = True) -> "DiffusionStage":
         """Frozen encoders stay in eval mode."""
         super().train(mode)
         self.vae.eval()
-        self.text.eval()
+        if self.text is not None:
+            self.text.eval()
         return self
 
     def exports(self) -> Mapping[str, nn.Module]:
@@ -165,7 +167,12 @@ class DiffusionStage(Stage):
 
     @torch.no_grad()
     def base(self, captions: Sequence[str], size: tuple[int, int]) -> Control:
-        """Condition of captions for pictures of `size` (height, width) in pixels; warns once if some had to be cut."""
+        """Condition of captions for pictures of `size` (height, width) in pixels; warns once if some had to be cut.
+
+        Empty without a text encoder: captions are not read then.
+        """
+        if self.text is None:
+            return Control()
         truncated = [i for i, caption in enumerate(captions) if count_cut(self.text, caption)]
         self._cut(captions, truncated, self.text.towers[0].config.context_length)
         return condition(self.text, captions, size)
@@ -177,7 +184,7 @@ class DiffusionStage(Stage):
             self._null[size] = self.base([""], size)
         return self._null[size]
 
-    def _loss(self, x0: Tensor, base: Control, hints: dict[str, Tensor], t: Tensor, eps: Tensor) -> Tensor:
+    def _loss(self, x0: Tensor, base: Control, hints: dict[str, Any], t: Tensor, eps: Tensor) -> Tensor:
         x_t = self.schedule.add_noise(x0, eps, t)
         output = self.denoiser(x_t, t, base, hints)
         target = self.schedule.target(self.objective, x0, eps, t)
@@ -212,23 +219,24 @@ class DiffusionStage(Stage):
         hint = (r < o.drop_both) | ((r >= one) & (r < one + o.drop_hint))
         return r < one, dict.fromkeys(self.uses, hint)
 
-    def _hints(self, batch: Batch | Latents, drop: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _hints(self, batch: Batch | Latents, drop: Mapping[str, Tensor]) -> dict[str, Any]:
         """Adapter name -> encoded hint; its null in the samples where `drop` says so."""
         hints = self._features(batch)
         for name, hint in hints.items():
             null = self.denoiser.adapter(name).null(hint)
-            hints[name] = self._drop(hint, torch.zeros_like(hint) if null is None else null, drop[name])
+            null = tree_map(torch.zeros_like, hint) if null is None else null
+            hints[name] = tree_map(lambda x, none, drop=drop[name]: self._drop(x, none, drop), hint, null)
         return hints
 
     @torch.no_grad()
-    def _features(self, batch: Batch | Latents) -> dict[str, Tensor]:
+    def _features(self, batch: Batch | Latents) -> dict[str, Any]:
         """Adapter name -> its encoded hint in this batch. Raises: ConfigError as `hints`."""
         return (
             batch.prompts | self.hints(batch) if isinstance(batch, Latents) else self.denoiser.encode(self.hints(batch))
         )
 
-    def _encoded(self, reference: Tensor) -> dict[str, Tensor]:
-        """Adapter name -> features b 1 n d of image prompts b 3 h w in [-1, 1], for the adapters that take them."""
+    def _encoded(self, reference: Tensor) -> dict[str, Any]:
+        """Adapter name -> features b 1 ... of image prompts b 3 h w in [-1, 1], for the adapters that take them."""
         names = [name for name in self.uses if self.denoiser.adapter(name).image_prompt]
         return self.denoiser.encode({name: _prompts(reference) for name in names})
 
@@ -294,7 +302,8 @@ class DiffusionStage(Stage):
         )
         hints = {name: hint[:n] for name, hint in self.hints(batch).items()}
         columns = {f"hint: {name}": hint[:, 0] if hint.ndim == 5 else hint for name, hint in hints.items()}
-        columns["base"] = generate.images(models, plain, sampler)
+        if self.text is not None:
+            columns["base"] = generate.images(models, plain, sampler)
         if hints:
             adapted = dataclasses.replace(plain, hints=hints, uses=self.uses)
             columns["with adapter"] = generate.images(models, adapted, sampler)

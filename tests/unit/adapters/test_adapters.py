@@ -19,7 +19,7 @@ from ldm.models.unet import UNet
 from ldm.training import checkpoint, optim
 from tests.small import SHALLOW, latents, trained_unet, waken
 
-IN_THE_TEXT = ("ip_adapter_simple", "t2i_style")  # its own attention, where halves do not add up
+IN_THE_TEXT = ("ip_adapter_simple", "t2i_style", "seecoder")  # its own attention, where halves do not add up
 STEPS_TO_WAKE = 6  # from here on every trainable parameter has a gradient, whatever starts at zero
 
 
@@ -31,7 +31,7 @@ class Case:
     hint: int = 3
     factor: int = 8
     no_op: bool = True  # whether the paper starts it at zero
-    features: int = 0  # of an image prompt: tokens of the encoded reference; there is no map then
+    features: int | list[tuple[int, int]] = 0  # of an image prompt: tokens, or (channels, side) of the encoded maps
 
 
 CASES = {
@@ -64,6 +64,14 @@ for _name, _tokens in (("ip_adapter", 1), ("ip_adapter_simple", 1), ("ip_adapter
 CASES["t2i_style"] = Case(
     {"name": "t2i_style", "encoder": VIT, "tokens": 4, "depth": 2, "heads": 2}, no_op=False, features=5
 )
+SWIN = {"name": "swin", "image_size": 16, "width": 8, "depths": [2, 2], "heads": [1, 2], "window": 2}
+SEECODER = {"name": "seecoder", "encoder": SWIN, "levels": 2, "global_queries": 2, "local_queries": 3, "layers": 2}
+SEECODER |= {"hidden": 16, "decoder_layers": 1, "decoder_hidden": 16, "heads": 2, "dropout": 0.0}
+_maps = [(8, 4), (16, 2)]
+CASES["seecoder"] = Case(SEECODER, no_op=False, features=_maps)
+CASES["seecoder, position, true attention"] = Case(
+    SEECODER | {"position": True, "decoder_attention": "over_tokens"}, no_op=False, features=_maps
+)
 MAPS = {name: case for name, case in CASES.items() if not case.features}
 every_adapter = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 every_map = pytest.mark.parametrize("case", MAPS.values(), ids=MAPS.keys())
@@ -73,8 +81,10 @@ def make(case: Case, unet: UNet) -> Adapter[Any]:
     return registry.build("adapter", case.options, unet=unet)
 
 
-def hint_for(case: Case, x_t: Tensor) -> Tensor:
+def hint_for(case: Case, x_t: Tensor) -> Any:
     h, w = (case.factor * side for side in x_t.shape[-2:])
+    if isinstance(case.features, list):
+        return tuple(torch.randn(x_t.shape[0], 1, c, side, side) for c, side in case.features)
     if case.features:
         return torch.randn(x_t.shape[0], 1, case.features, 16)
     return torch.rand(x_t.shape[0], case.hint, h, w)
@@ -152,7 +162,7 @@ def test_every_trainable_parameter_gets_a_gradient(case: Case) -> None:
 def test_adapter_holds_no_weight_of_the_unet(case: Case) -> None:
     unet = trained_unet()
     adapter = make(case, unet)
-    assert not [key for key in adapter.state_dict() if "decoder" in key or key.startswith("unet")]
+    assert not [key for key in adapter.state_dict() if key.startswith(("decoder", "unet"))]
     assert UNet not in {type(module) for module in adapter.modules()}
     theirs = {p.data_ptr() for p in unet.parameters()}
     assert not [name for name, p in adapter.named_parameters() if p.data_ptr() in theirs]
