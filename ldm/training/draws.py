@@ -1,7 +1,8 @@
 """Random numbers of a training step as functions of (run seed, purpose, global sample position).
 
 Rank, worker and accumulation split do not enter, so a run is the same however its batch is divided, and resuming
-needs no generator state.
+needs no generator state. Layers that draw for themselves (dropout) do so by the micro-batch's first position: they
+resume exactly, and depend on the split.
 """
 
 import hashlib
@@ -17,8 +18,12 @@ SAMPLINGS = ("uniform", "cubic")  # of timesteps
 
 def generator(seed: int, purpose: str, position: int) -> torch.Generator:
     """A CPU generator for one purpose ("noise", "order", "augment", ...) at one position of one run."""
+    return torch.Generator().manual_seed(_hashed(seed, purpose, position))
+
+
+def _hashed(seed: int, purpose: str, position: int) -> int:
     digest = hashlib.blake2b(f"{seed}/{purpose}/{position}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return int.from_bytes(digest, "big") >> 1
 
 
 def cubic(r: Tensor, steps: int) -> Tensor:
@@ -36,6 +41,10 @@ class Draws:
         self.seed = seed
         self.positions = positions
         self.device = device
+
+    def seed_layers(self) -> None:
+        """Seed torch's own generators, which layers draw from (dropout): by the first row, so by the micro-batch."""
+        torch.manual_seed(_hashed(self.seed, "layers", self.positions[0]))
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
         """Standard normal, b *shape, float32."""

@@ -171,7 +171,7 @@ def test_adapter_holds_no_weight_of_the_unet(case: Case) -> None:
 @every_adapter
 def test_trained_adapters_commute(case: Case) -> None:
     unet = trained_unet()
-    one, two = waken(make(case, unet)), waken(make(case, unet))
+    one, two = waken(make(case, unet)).eval(), waken(make(case, unet)).eval()
     x_t, t, base = latents()
     hints = {"one": hint_for(case, x_t), "two": hint_for(case, x_t)}
     forth = Denoiser(unet, {"one": one, "two": two})(x_t, t, base, hints)

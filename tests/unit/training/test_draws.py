@@ -28,6 +28,15 @@ def test_global_random_state_is_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_layers_draw_by_the_first_position() -> None:
+    def drawn(seed: int, *positions: int) -> torch.Tensor:
+        Draws(seed, positions).seed_layers()
+        return torch.nn.functional.dropout(torch.ones(64))
+
+    assert torch.equal(drawn(0, 7, 8), drawn(0, 7, 9))
+    assert not torch.equal(drawn(0, 7), drawn(0, 8)) and not torch.equal(drawn(0, 7), drawn(1, 7))
+
+
 def test_draws_follow_their_distributions() -> None:
     draws = Draws(0, range(2000))
     normal, uniform, integers = draws.normal("a", 8), draws.uniform("b"), draws.integers("c", 10)
