@@ -16,8 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ldm.convert import files, slots
@@ -56,8 +55,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for stem, tensors in weights.items():
-            contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-            save_file(contiguous, temporary / f"{stem}.safetensors", metadata=dict(metadata))
+            files.write(temporary / f"{stem}.safetensors", tensors, metadata)
         with (temporary / "training.pt").open("wb") as file:  # a Python file, so that a full disk stays an OSError
             torch.save(dict(state), file)
         (temporary / MARKER).write_text(json.dumps({"step": step}))
@@ -66,7 +64,7 @@ def save(
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         _flush(target.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise ConfigError(
             f"checkpoint {target} could not be written ({_reason(error)}); older ones are intact: make room and retry"
@@ -232,12 +230,7 @@ def share(run: Path, out: Path, *, stem: str | None = None, dtype: str = "fp16",
     tensors = {k: v.to(DTYPES[dtype]) if v.is_floating_point() else v for k, v in chosen.items()}
     if bad := not_finite(tensors):
         raise ConfigError(f"{source} as {dtype} is not finite in {grouped(bad)}; use --dtype bf16 or fp32")
-    temporary = out.with_name(out.name + ".tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata=read_metadata(source))
-        os.replace(temporary, out)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        return files.write(out, tensors, read_metadata(source))
+    except OSError as error:
         raise ConfigError(f"{out} could not be written ({_reason(error)}); make room and retry") from error
-    return out.stat().st_size
