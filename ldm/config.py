@@ -54,7 +54,7 @@ class TrainConfig:
     micro_batch: int | None = None  # at most this many images per rank and forward; accumulation is derived
     lr: float = 1e-4  # peak learning rate
     warmup: int = 0  # optimizer steps of linear warm-up
-    decay: str = "constant"  # constant | cosine (to zero at `steps`)
+    decay: str = "constant"  # constant | cosine (to zero at `steps`) | step (a tenth from half of `steps` on)
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
     weight_decay: float = 0.01  # AdamW; of matrices and kernels only
     clip: float | None = 1.0  # gradient norm; null = off
@@ -73,7 +73,8 @@ class CheckpointConfig:
     """Checkpoints under `run.dir/checkpoints/step-XXXXXXXX/`."""
 
     every: int = 1000  # optimizer steps
-    keep_last: int = 2  # complete checkpoints kept
+    keep_last: int = 2  # newest complete checkpoints kept
+    keep_every: int | None = None  # and those of every so many steps, for good
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +188,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "train.precision": _PRECISIONS,
     "sample.precision": _PRECISIONS,
     "sample.long_prompts": ("cut", "chunks"),
-    "train.decay": ("constant", "cosine"),
+    "train.decay": ("constant", "cosine", "step"),
     "log.wandb": ("disabled", "offline", "online"),
     "model.objective": ("eps", "v", "x0"),
 }

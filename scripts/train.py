@@ -15,7 +15,7 @@ from ldm.registry import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run with command-line arguments. Exits with code 2 and one line on bad input."""
+    """Run with command-line arguments. Exits with code 2 and one line on bad input, 75 where it was asked to stop."""
     parser = config.parser(__doc__ or "")
     args = parser.parse_intermixed_args(argv)
     with config.user_errors():
@@ -28,12 +28,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         if cfg.grid:
             raise ConfigError(f"grid is for sampling; it has {', '.join(cfg.grid)}: drop it, or use scripts/sample.py")
         import adapters  # noqa: F401  registers them; slow to import, not needed for --help
-        from ldm.training import estimate, run
+        from ldm.training import estimate, run, signals
 
         if args.dry_run:
             print(estimate.dry_run(cfg))
-        else:
+            return
+        try:
             run.train(cfg)
+        except signals.Stopped as stopped:
+            sys.stderr.write(f"{stopped}; the checkpoint is written: the same command continues\n")
+            raise SystemExit(signals.EXIT_CODE) from None
 
 
 if __name__ == "__main__":

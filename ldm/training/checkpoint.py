@@ -10,7 +10,9 @@ import logging
 import os
 import pickle
 import shutil
+import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ldm.convert import files, slots
 from ldm.convert.keymap import grouped, nearest
@@ -35,9 +38,9 @@ def save(
     weights: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     metadata: Mapping[str, str],
-    keep: int,
+    keep: "Keep",
 ) -> Path:
-    """Write `run/checkpoints/step-XXXXXXXX/` and then drop all but the newest `keep` complete ones.
+    """Write `run/checkpoints/step-XXXXXXXX/` and then drop the complete ones that `keep` does not name.
 
     Args:
         run: run folder.
@@ -45,20 +48,22 @@ def save(
         weights: file stem ("model", "adapter") -> state dict to share.
         state: optimizer, EMA and whatever else exact resume needs; tensors and plain Python only.
         metadata: strings for the safetensors header.
-        keep: how many complete checkpoints stay.
+        keep: which complete checkpoints stay.
 
-    Raises: ConfigError if the disk is full or not writable; older checkpoints are untouched.
+    Raises: ConfigError if the disk is too full or not writable; older checkpoints are untouched.
     """
     target = run / "checkpoints" / f"step-{step:08d}"
     temporary = target.with_name(target.name + ".tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        _check_room(temporary, _bytes([weights, state]))
         for stem, tensors in weights.items():
             files.write(temporary / f"{stem}.safetensors", tensors, metadata)
         with (temporary / "training.pt").open("wb") as file:  # a Python file, so that a full disk stays an OSError
             torch.save(dict(state), file)
-        (temporary / MARKER).write_text(json.dumps({"step": step}))
+        sums = {path.name: _sum(path) for path in temporary.iterdir()}
+        (temporary / MARKER).write_text(json.dumps({"step": step, "crc32": sums}))
         for path in temporary.iterdir():
             _flush(path)
         shutil.rmtree(target, ignore_errors=True)
@@ -69,9 +74,58 @@ def save(
         raise ConfigError(
             f"checkpoint {target} could not be written ({_reason(error)}); older ones are intact: make room and retry"
         ) from error
-    for old in complete(run)[:-keep] if keep else []:
+    for old in keep.dropped(complete(run)):
         shutil.rmtree(old)
     return target
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Which complete checkpoints stay: the newest `last`, and those of every `every` steps."""
+
+    last: int = 2
+    every: int | None = None
+
+    def dropped(self, found: Sequence[Path]) -> list[Path]:
+        """Those of `found`, oldest first, that do not stay."""
+        return [old for old in found[: -self.last] if not self.every or _step(old) % self.every]
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    """Raise OSError where a disk has less room than the tensors take."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
+
+
+def _sum(path: Path) -> int:
+    """CRC-32 of a file: finds what a disk or a transfer did to it, not what an attacker did."""
+    total = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            total = zlib.crc32(block, total)
+    return total
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a complete checkpoint's files, read whole; empty if nothing is.
+
+    Checkpoints from before sums were kept count as sound.
+    """
+    try:
+        sums = json.loads((folder / MARKER).read_text()).get("crc32", {})
+        wrong = [name for name, value in sums.items() if _sum(folder / name) != value]
+    except (OSError, ValueError, AttributeError) as error:
+        return str(error).splitlines()[0]
+    return f"{wrong[0]} is not what was written" if wrong else ""
 
 
 def _reason(error: BaseException) -> str:
@@ -79,7 +133,8 @@ def _reason(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if getattr(cause, "errno", None) == errno.ENOSPC or "No space left" in str(cause):
-            return "disk is full"
+            needs = str(cause).partition("needs ")[2]
+            return f"disk is full: needs {needs}" if needs else "disk is full"
         cause = cause.__context__
     return str(error).splitlines()[0]
 
@@ -101,6 +156,21 @@ def latest(run: Path) -> Path | None:
     """Newest complete checkpoint, or None."""
     found = complete(run)
     return found[-1] if found else None
+
+
+def latest_sound(run: Path) -> Path | None:
+    """Newest complete checkpoint whose files are as they were written, or None; logs each that is passed over.
+
+    Raises: ConfigError if there are checkpoints and all are damaged.
+    """
+    found = complete(run)
+    for folder in reversed(found):
+        if not (wrong := damage(folder)):
+            return folder
+        log.warning("%s is damaged (%s) and passed over", folder, wrong)
+    if found:
+        raise ConfigError(f"all {len(found)} checkpoints of {run} are damaged; restore one, or use another run.dir")
+    return None
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -152,6 +222,7 @@ def load_weights(
     prefix: str = "",
     stems: Sequence[str] = ("model",),
     parts: Mapping[str, str] = NOTHING,
+    may_lack: tuple[str, ...] = (),
 ) -> None:
     """Load weights into a module, strictly.
 
@@ -161,13 +232,15 @@ def load_weights(
         prefix: only keys that start with it are used, without it (e.g. "text." of a CLIP file).
         stems: as `find_weights`.
         parts: as `find_weights`; with them, files in published layouts are read as well.
+        may_lack: prefixes of tensors that stay as they are where the file has none of them.
 
     Raises: ConfigError with the missing, unexpected and mis-shaped keys, grouped.
     """
     file = find_weights(path, stems, parts)
     tensors = slots.state(file, module, prefix, parts)
     try:
-        load_tensors(module, tensors, str(path))
+        own = {k: v for k, v in module.state_dict().items() if k.startswith(may_lack)}
+        load_tensors(module, tensors if own.keys() & tensors.keys() else own | tensors, str(path))
     except ConfigError as error:
         if found := slots.found(file, parts):
             raise ConfigError(f"{error}; found: {found}") from error

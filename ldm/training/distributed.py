@@ -5,12 +5,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ldm.registry import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,22 @@ class Rank:
         x = x.clone()
         dist.all_reduce(x)
         return x / self.world
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; all ranks must ask. On the host: the device does not wait."""
+        if self.world == 1:
+            return flag
+        flags = torch.tensor([flag], dtype=torch.int32)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags.item())
+
+    def told(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -69,7 +88,7 @@ def session(device: str = "auto", threads: int | None = None) -> Iterator[Rank]:
         torch.cuda.set_device(rank.device)
     joins = world > 1 and not dist.is_initialized()
     if joins:
-        dist.init_process_group("nccl" if rank.device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if rank.device.type == "cuda" else "gloo")
     try:
         yield rank
     finally:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ldm import grid
 from ldm.config import RunConfig
+from ldm.control import Adapter
 from ldm.data import subset
 from ldm.data.images import ImageData
 from ldm.precision import DTYPES, autocast
@@ -25,6 +26,7 @@ from ldm.training.distributed import Rank, wrap
 from ldm.training.draws import Draws
 from ldm.training.ema import EMA
 from ldm.training.metrics import Metrics, describe_run, refuse_foreign
+from ldm.training.signals import Stopped, listening
 from ldm.training.stage import Stage, choose_trainable, networks, store_frozen
 from ldm.training.state import State
 
@@ -42,7 +44,8 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
         rank: this process.
 
     Returns: the last checkpoint's folder.
-    Raises: ConfigError on a config that does not fit, a full disk, or `train.max_nonfinite` bad steps in a row.
+    Raises: ConfigError on a config that does not fit, a full disk, or `train.max_nonfinite` bad steps in a row;
+        Stopped behind a checkpoint if one of `signals.SIGNALS` came to any rank.
     """
     folder = Path(config.run.dir)
     state = _start(config, stage, folder, rank)
@@ -52,7 +55,7 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
     metrics = Metrics(folder, config.log, state.step) if rank.main else None
     bar = tqdm(total=config.train.steps, initial=state.step, desc=folder.name, disable=not rank.main, mininterval=1.0)
     clock = time.perf_counter()
-    with closing(metrics) if metrics else nullcontext(), bar as progress:  # an error's line comes after the bar's
+    with closing(metrics) if metrics else nullcontext(), bar as progress, listening() as asked:  # its line comes last
         for micro_batches in stream.batches(source, config.train, rank, config.seed, state.step):
             stage.train()
             scalars = _step(wrapped, state, micro_batches, config, rank)
@@ -68,10 +71,13 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
                     metrics.scalars(state.step, values)
                     progress.set_postfix({k: f"{values[k]:.4g}" for k in ("loss", "images_per_s") if k in values})
             paused = time.perf_counter()
-            if _due(state, config.checkpoint.every, config):
+            stopping = rank.any(bool(asked.name)) and state.step < config.train.steps
+            if stopping or _due(state, config.checkpoint.every, config):
                 if rank.main:
                     state_module.save(config, stage, state, folder)
                 rank.barrier()
+            if stopping:
+                raise Stopped(f"stopped by {asked.name or 'another rank'} at step {state.step} of {config.train.steps}")
             if held_out is not None and _due(state, config.validation.every, config):  # after the checkpoint: may fail
                 _validate(config, stage, state, held_out, metrics, folder, rank)
             clock += time.perf_counter() - paused
@@ -95,7 +101,7 @@ def _start(config: RunConfig, stage: Stage, run: Path, rank: Rank) -> State:
         )
     if rank.main:
         refuse_foreign(run)
-    folder = checkpoint.latest(run)
+    folder = rank.told(checkpoint.latest_sound(run) if rank.main else None)
     choose_trainable(stage, config.train.trainable)
     log.info("%s", optim.table(nn.ModuleDict(networks(stage))))
     if folder is None and config.train.init_from:
@@ -131,7 +137,8 @@ def _init_from(stage: Stage, path: Path) -> None:
             f"train.init_from is {path}, but this stage trains {', '.join(exports)}; name a run folder that has them"
         )
     for stem, module in exports.items():
-        checkpoint.load_weights(module, path, stems=(stem,))
+        may_lack = module.silent_parts if isinstance(module, Adapter) else ()
+        checkpoint.load_weights(module, path, stems=(stem,), may_lack=may_lack)
 
 
 @contextmanager

@@ -58,7 +58,8 @@ def save(config: RunConfig, stage: Stage, state: State, run: Path) -> None:
         "scaler": state.scaler.state_dict(),
     }
     metadata = {"config": config_module.dump(config), "step": str(state.step), "git": git_revision()}
-    checkpoint.save(run, state.step, weights, training, metadata, config.checkpoint.keep_last)
+    keep = checkpoint.Keep(config.checkpoint.keep_last, config.checkpoint.keep_every)
+    checkpoint.save(run, state.step, weights, training, metadata, keep)
 
 
 def restore(state: State, stage: Stage, config: RunConfig, folder: Path) -> None:

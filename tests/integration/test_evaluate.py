@@ -100,14 +100,14 @@ def test_weights_that_the_config_names_win_over_those_of_the_run(tmp_path: Path)
     sketch, color = (load_file(tmp_path / f"{name}.safetensors") for name in ("sketch", "color"))
     other = {key: torch.zeros_like(value) for key, value in color.items()}
     files = {"adapter.sketch": sketch, "adapter.color": other}
-    checkpoint.save(tmp_path, 1, files, {"step": 1}, {"step": "1"}, keep=1)
+    checkpoint.save(tmp_path, 1, files, {"step": 1}, {"step": "1"}, keep=checkpoint.Keep(1))
     evaluate.main([arg for arg in args if not arg.startswith("adapters.sketch.weights")])
     assert record(tmp_path)["measures"] == named
 
 
 def test_the_newest_checkpoint_of_the_run_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = load_file(saved("vae", tmp_path / "source"))
-    checkpoint.save(tmp_path / "run", 3, {"model": tensors}, {"step": 3}, {"step": "3"}, keep=1)
+    checkpoint.save(tmp_path / "run", 3, {"model": tensors}, {"step": 3}, {"step": "3"}, keep=checkpoint.Keep(1))
     args = ["--config", str(TINY / "vae.yaml"), *SIZE, HELD_OUT]
     evaluate.main([*args, f"run.dir={tmp_path / 'run'}"])
     from_run = record(tmp_path / "run")["figures"]
@@ -180,7 +180,7 @@ def test_what_cannot_be_written_or_swept_is_refused_before_drawing(
 
 def run_with(tmp_path: Path, **tensors: torch.Tensor) -> Path:
     run = tmp_path / "run"
-    checkpoint.save(run, 1, {"model": tensors}, {"step": 1}, {"step": "1"}, keep=1)
+    checkpoint.save(run, 1, {"model": tensors}, {"step": 1}, {"step": "1"}, keep=checkpoint.Keep(1))
     return run
 
 

@@ -258,6 +258,7 @@ def test_a_state_that_lacks_something_is_refused(tmp_path: Path) -> None:
     folder = start("vae", tmp_path, *FIRST)
     state = checkpoint.read_state(folder)
     torch.save({k: v for k, v in state.items() if k not in ("names", "config")}, folder / "training.pt")
+    (folder / checkpoint.MARKER).write_text("{}")  # as before sums were kept
     with pytest.raises(ConfigError, match="has no config, names in its training state"):
         start("vae", tmp_path, *FIRST, "train.steps=2")
 
@@ -267,6 +268,7 @@ def test_parameters_are_told_apart_by_name(tmp_path: Path) -> None:
     state = checkpoint.read_state(folder)
     state["names"]["model"][0] += "_before"
     torch.save(state, folder / "training.pt")
+    (folder / checkpoint.MARKER).write_text("{}")
     with pytest.raises(ConfigError, match="do not both train"):
         start("vae", tmp_path, *FIRST, "train.steps=2")
 

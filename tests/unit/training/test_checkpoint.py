@@ -2,6 +2,7 @@ import errno
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 
 from ldm.registry import ConfigError
 from ldm.training import checkpoint
+from ldm.training.checkpoint import Keep
 
 
 def write(run: Path, step: int, value: float = 0.0, keep: int = 2) -> Path:
     weights = {"model": {"w": torch.full((2, 3), value)}, "adapter": {"a": torch.ones(1)}}
     state = {"step": step, "optimizer": {"m": torch.full((2,), value)}, "scaler": None}
-    return checkpoint.save(run, step, weights, state, {"config": "seed: 0\n", "step": str(step)}, keep)
+    return checkpoint.save(run, step, weights, state, {"config": "seed: 0\n", "step": str(step)}, Keep(keep))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -58,7 +60,7 @@ def test_optimizer_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
     net(torch.randn(4, 3)).square().sum().backward()
     optimizer.step()
-    folder = checkpoint.save(tmp_path, 1, {"model": net.state_dict()}, {"o": optimizer.state_dict()}, {}, 1)
+    folder = checkpoint.save(tmp_path, 1, {"model": net.state_dict()}, {"o": optimizer.state_dict()}, {}, Keep(1))
     other = torch.optim.AdamW(net.parameters(), fused=True)
     other.load_state_dict(checkpoint.read_state(folder)["o"])
     for p in net.parameters():
@@ -67,7 +69,7 @@ def test_optimizer_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 def test_views_and_transposed_weights_can_be_saved(tmp_path: Path) -> None:
     wide = torch.randn(4, 6)
-    folder = checkpoint.save(tmp_path, 1, {"model": {"view": wide[:, ::2], "t": wide.T}}, {}, {}, 1)
+    folder = checkpoint.save(tmp_path, 1, {"model": {"view": wide[:, ::2], "t": wide.T}}, {}, {}, Keep(1))
     back = load_file(folder / "model.safetensors")
     assert torch.equal(back["view"], wide[:, ::2]) and torch.equal(back["t"], wide.T)
 
@@ -144,6 +146,16 @@ def test_full_disk_leaves_the_old_checkpoint(
     assert "\n" not in str(caught.value)
     assert content(tmp_path) == before and checkpoint.latest(tmp_path) == old
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [old.name]
+
+
+def test_room_is_looked_for_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = write(tmp_path, 5)
+    monkeypatch.setattr("ldm.training.checkpoint.shutil.disk_usage", lambda path: SimpleNamespace(free=35))
+    monkeypatch.setattr("ldm.training.checkpoint.files.write", lambda *args: pytest.fail("something was written"))
+    message = r"step-00000010 could not be written \(disk is full: needs 0\.0 GB, the disk has 0\.0 GB free\); older"
+    with pytest.raises(ConfigError, match=message):
+        write(tmp_path, 10)
+    assert checkpoint.complete(tmp_path) == [old]
 
 
 def test_run_folder_that_cannot_be_made_is_reported(tmp_path: Path) -> None:

@@ -1,0 +1,126 @@
+"""Trainings that are stopped, or come back to damaged checkpoints: each ends in the documented outcome."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import adapters  # noqa: F401
+from ldm import config
+from ldm.registry import ConfigError
+from ldm.training import checkpoint, loop, run, signals
+from ldm.training.distributed import Rank
+from scripts import train
+
+TINY = Path(__file__).resolve().parents[2] / "configs" / "train" / "tiny" / "vae.yaml"
+SMALL = ["train.precision=fp32", "validation.data=null", "data.length=16", "data.size=16", "train.batch=2"]
+SMALL += ["train.steps=4", "checkpoint.every=2", "log.every=1", "train.ema=0.9", "checkpoint.keep_last=2"]
+
+
+def words(folder: Path, *more: str) -> list[str]:
+    return ["--config", str(TINY), f"run.dir={folder}", *SMALL, *more]
+
+
+def start(folder: Path, *more: str) -> Path:
+    return run.train(config.load(TINY, words(folder, *more)[2:]))
+
+
+def model(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in load_file(folder / "model.safetensors").items()}  # the file is mapped
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def signal_in_step(monkeypatch: pytest.MonkeyPatch, number: int, step: int, times: int = 1) -> None:
+    real = loop._step
+
+    def stepping(wrapped: Any, state: Any, *args: Any) -> Any:
+        if state.step == step:
+            for _ in range(times):
+                signal.raise_signal(number)
+        return real(wrapped, state, *args)
+
+    monkeypatch.setattr(loop, "_step", stepping)
+
+
+@pytest.mark.parametrize("number", signals.SIGNALS, ids=lambda n: n.name)
+def test_a_signal_ends_the_run_behind_a_checkpoint_and_it_goes_on_bit_for_bit(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = start(tmp_path / "whole")
+    handlers = [signal.getsignal(n) for n in signals.SIGNALS]
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, number, step=2)
+        with pytest.raises(SystemExit) as stopped:
+            train.main(words(tmp_path / "run"))
+    assert stopped.value.code == signals.EXIT_CODE == 75
+    line = f"stopped by {number.name} at step 3 of 4; the checkpoint is written: the same command continues\n"
+    assert capsys.readouterr().err.endswith(line)
+    assert handlers == [signal.getsignal(n) for n in signals.SIGNALS]
+    assert [p.name for p in checkpoint.complete(tmp_path / "run")] == ["step-00000002", "step-00000003"]
+    assert same(model(start(tmp_path / "run")), model(whole))
+
+
+def test_a_second_interrupt_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signal_in_step(monkeypatch, signal.SIGINT, step=1, times=2)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(words(tmp_path))
+    assert stopped.value.code == 130 and checkpoint.complete(tmp_path) == []
+
+
+def test_a_signal_in_the_last_step_is_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signal_in_step(monkeypatch, signal.SIGTERM, step=3)
+    assert start(tmp_path).name == "step-00000004"
+
+
+@pytest.mark.parametrize("name", ["training.pt", "model.safetensors"])
+@pytest.mark.parametrize("harm", ["flipped", "cut", "gone"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    name: str, harm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = model(start(tmp_path))
+    file = tmp_path / "checkpoints" / "step-00000004" / name
+    content = bytearray(file.read_bytes())
+    if harm == "gone":
+        file.unlink()
+    elif harm == "cut":
+        file.write_bytes(content[:-10])
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    with caplog.at_level("INFO"):
+        assert same(model(start(tmp_path)), whole)
+    assert "step-00000004 is damaged (" in caplog.text and "continuing" in caplog.text
+    assert not checkpoint.damage(tmp_path / "checkpoints" / "step-00000004")
+
+
+def test_when_every_checkpoint_is_damaged_nothing_starts_anew(tmp_path: Path) -> None:
+    start(tmp_path)
+    for folder in checkpoint.complete(tmp_path):
+        (folder / "training.pt").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"all 2 checkpoints of .* are damaged; restore one, or use another run\.dir"):
+        start(tmp_path)
+
+
+def test_checkpoints_of_every_so_many_steps_stay(tmp_path: Path) -> None:
+    start(tmp_path, "train.steps=6", "checkpoint.every=1", "checkpoint.keep_last=1", "checkpoint.keep_every=2")
+    names = [int(p.name[-1]) for p in checkpoint.complete(tmp_path)]
+    assert names == [2, 4, 6]
+
+
+def test_ranks_agree_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one rank's flag is to the others, without a second process."""
+    asked: list[int] = []
+
+    def all_reduce(x: torch.Tensor, op: Any) -> None:
+        asked.append(int(x.item()))
+        x.fill_(1)
+
+    monkeypatch.setattr("ldm.training.distributed.dist.all_reduce", all_reduce)
+    assert Rank(1, 2, torch.device("cpu")).any(False) and asked == [0]
+    assert not Rank(0, 1, torch.device("cpu")).any(False)
