@@ -162,7 +162,11 @@ class SpatialTransformer(nn.Module):
 
 
 def _scale(source: ExtraKV, h: int, w: int, dtype: torch.dtype) -> float | Tensor:
-    """Its scale, or with a mask its scale at each of the h w queries: b 1 n 1."""
+    """Its scale, or with a mask its scale at each of the h w queries: b 1 n 1.
+
+    A query counts by the share of its area that is inside the mask, so weights stay in [0, 1]. diffusers shrinks masks
+    with bicubic interpolation, which differs at edges and overshoots.
+    """
     if source.mask is None:
         return source.scale
     return source.scale * rearrange(F.adaptive_avg_pool2d(source.mask, (h, w)), "b 1 h w -> b 1 (h w) 1").to(dtype)

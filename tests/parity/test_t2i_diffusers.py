@@ -9,6 +9,7 @@ from torch import Tensor
 from adapters.t2i_adapter import T2IAdapter, T2IAdapterOptions
 from ldm.convert.tables_t2i import T2I_MAPS, T2IConfig, t2i
 from ldm.models.unet import UNet, UNetConfig
+from tests.parity.test_controlnet_diffusers import SMALL, inputs, unets
 from tests.small import SDXL
 
 diffusers = pytest.importorskip("diffusers")
@@ -48,6 +49,21 @@ def test_features_are_those_of_diffusers(variant: str, hint_channels: int, size:
     hint = torch.rand(2, hint_channels, *size)
     for a, b in zip(ours.prepare(hint), theirs(hint), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "variant"), [("sd1", "full"), ("sdxl", "xl")])
+@torch.no_grad()
+def test_features_enter_where_diffusers_adds_them(name: str, variant: str) -> None:
+    ours, theirs = unets(SMALL[name])
+    net = T2IAdapter(T2IAdapterOptions(variant=variant), unet=ours)
+    x_t, hint, t, base, words = inputs(SMALL[name])
+    features, plain = net.prepare(hint), ours(x_t, t, base)
+    alone = [[f if i == k else torch.zeros_like(f) for i, f in enumerate(features)] for k in range(4)]
+    for some in (list(features), *alone):  # together, and each at its place
+        expected = theirs(x_t, t, **words, down_intrablock_additional_residuals=list(some), return_dict=False)[0]
+        got = ours(x_t, t, base + net.control(x_t, t, base, tuple(some)))
+        assert (expected - plain).abs().max() > 1e-3  # it matters
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
 @variants

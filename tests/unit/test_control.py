@@ -63,6 +63,24 @@ def test_scaling_weights_residuals_and_attention_but_neither_context_nor_vector(
     assert [e.scale for e in half.scaled(3.0).attn] == [1.5]
 
 
+def test_a_mask_limits_residuals_to_its_part_by_area() -> None:
+    maps = {side: torch.full((1, 2, side, side), 3.0) for side in (8, 4, 2)}
+    tokens = torch.ones(1, 4, 3)
+    control = Control(
+        context=tokens, vector=tokens[0], stages=(maps[8],), downs=(maps[4],), skips=(maps[8], maps[4]), mid=maps[2]
+    )
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., :8] = 1
+    mask[..., :4, :8] = 0.5
+    said = control.masked(mask)
+    assert said.context is tokens and said.vector is control.vector and said.mid is not None
+    for part in (*said.stages, *said.downs, *said.skips, said.mid):
+        half = part.shape[-1] // 2
+        assert not part[..., half:].any() and (part[..., half:, :half] == 3).all()
+    assert said.stages[0][0, 0, :, 0].tolist() == [1.5, 1.5, 3, 3, 3, 3, 3, 3]
+    assert said.mid[0, 0, :, 0].tolist() == [2.25, 3]  # half of its area at one half
+
+
 def test_batch_stacks_uncond_before_cond() -> None:
     both = Control.batch(full_control(1.0), full_control(2.0))
     for tensor in leaves(both):

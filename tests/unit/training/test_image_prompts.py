@@ -17,11 +17,13 @@ class Rates(DiffusionStage):
 
 
 def test_text_image_and_both_are_dropped_apart_as_often_as_they_should() -> None:
-    stage = Rates(DiffusionOptions(drop_text=0.05, drop_hint=0.05, drop_both=0.05))
-    text, hints = stage._dropped(Draws(0, range(20_000)))
+    stage, n = Rates(DiffusionOptions(drop_text=0.05, drop_hint=0.05, drop_both=0.05)), 20_000
+    text, hints = stage._dropped(Draws(0, range(n)))
     image = hints["prompt"]
-    for dropped in (text & image, text & ~image, image & ~text):
-        assert dropped.float().mean().item() == pytest.approx(0.05, abs=0.005)
+    shares = {0.05: (text & image, text & ~image, image & ~text), 0.1: (text, image), 0.85: (~text & ~image,)}
+    for p, events in shares.items():
+        for dropped in events:  # within 4 standard deviations of a binomial share
+            assert dropped.float().mean().item() == pytest.approx(p, abs=4 * (p * (1 - p) / n) ** 0.5)
 
 
 def test_without_drop_both_they_are_independent() -> None:
