@@ -152,6 +152,7 @@ class RunConfig:
     """Everything one run needs; the YAML file mirrors it."""
 
     seed: int = 0
+    deterministic: bool = False  # train with algorithms that give the same bits each time, where that is slower
     device: str = "auto"  # auto | cpu | cuda
     run: RunDir = dataclasses.field(default_factory=RunDir)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

@@ -1,5 +1,8 @@
 """A training run from its config: build everything, then the loop."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,13 +14,26 @@ from ldm.registry import ConfigError
 from ldm.training import clip, diffusion, distributed, loop, vae  # noqa: F401  (stages register on import)
 
 
+@contextmanager
+def _deterministic(on: bool) -> Iterator[None]:
+    """Only algorithms that give the same bits each time; those that cannot raise RuntimeError. Restored at the end."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(on or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def train(config: RunConfig) -> Path:
     """Train what the config says, on all ranks of the current process group. Returns the last checkpoint's folder.
 
     Raises: ConfigError on anything in the config that does not fit.
     """
     try:
-        with distributed.session(config.device, config.train.threads) as rank:
+        with _deterministic(config.deterministic), distributed.session(config.device, config.train.threads) as rank:
             torch.manual_seed(config.seed)  # initial weights; everything later draws from (seed, purpose, position)
             data = build.data(config.data)
             held_out = build.data(config.validation.data, "validation.data") if config.validation.data else None

@@ -113,6 +113,19 @@ def test_checkpoints_of_every_so_many_steps_stay(tmp_path: Path) -> None:
     assert names == [2, 4, 6]
 
 
+def test_deterministic_algorithms_are_switched_on_for_the_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    real = loop._step
+    monkeypatch.setattr(
+        loop, "_step", lambda *args: (seen.append(torch.are_deterministic_algorithms_enabled()), real(*args))[1]
+    )
+    start(tmp_path / "a", "train.steps=1", "deterministic=true")
+    start(tmp_path / "b", "train.steps=1")
+    assert seen == [True, False] and not torch.are_deterministic_algorithms_enabled()
+
+
 def test_ranks_agree_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one rank's flag is to the others, without a second process."""
     asked: list[int] = []
