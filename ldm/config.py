@@ -121,7 +121,7 @@ class SampleConfig:
 
     prompts: Any = None  # one prompt, a list of prompts, or a .txt / .jsonl / .yaml file of them
     negative: str = ""  # text of the unconditional branch
-    seeds: str = "0-3"  # e.g. 0-15 or 3,7,11; image i depends on its own seed only
+    seeds: Any = "0-3"  # e.g. 0-15 or 3,7,11 or a list; image i depends on its own seed only
     hints: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # adapter name -> image file or folder
     image: str | None = None  # start from this image file, or folder with one per prompt; null = from noise
     mask: str | None = None  # with image: file or folder, white is drawn anew, black is kept

@@ -65,14 +65,15 @@ def read_prompts(value: Any) -> tuple[Prompt, ...]:
     return _parse_all([(f"sample.prompts[{i}]", item) for i, item in enumerate(values)], Path(), "sample.prompts")
 
 
-def read_seeds(text: str) -> tuple[int, ...]:
-    """Seeds from numbers and ranges: "0-15", "3,7,11", "0-3,8".
+def read_seeds(value: Any) -> tuple[int, ...]:
+    """Seeds from numbers and ranges: "0-15", "3,7,11", "0-3,8", or a list of these.
 
     Raises: ConfigError, in one line, on anything else: negative numbers, reversed ranges, duplicates, too many.
     """
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     where, help_text = f"sample.seeds is {text!r}", "write numbers and ranges like 0-15 or 3,7,11"
     seeds: list[int] = []
-    for part in str(text).split(","):
+    for part in text.split(","):
         match = _RANGE.fullmatch(part.strip())
         if match is None:
             raise ConfigError(f"{where}: {part.strip()!r} is neither a number from 0 nor a range; {help_text}")

@@ -31,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             from ldm.sampling import plan
 
             path, overrides = Path(args.run) / "config.yaml", [*plan.run_overrides(Path(args.run)), *overrides]
+        if seed := next((word for word in args.overrides if word.startswith("seed=")), None):
+            raise ConfigError(
+                f"{seed} is a training's seed, which pictures do not use; set sample.{seed[:4]}s{seed[4:]}"
+            )
         cfg = config.load(path, overrides)
         if args.print_config:
             print(config.dump(cfg), end="")

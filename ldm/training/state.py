@@ -1,7 +1,7 @@
 """Everything that changes during training, and its way into a checkpoint and back."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from ldm.training.stage import Stage
 
 log = logging.getLogger(__name__)
 SAME = ("seed", "model", "adapters", "fuser", "stage", "data", "train.batch")  # a continued run is the same in these
+OPEN = ("train", "checkpoint", "validation")  # in these it may differ, and says so
 EXCEPT = ("stage.preview_steps", "stage.preview_guidance", "data.memory")  # but these leave its numbers as they are
 SAVED = {"step", "skipped", "config", "names", "parameters", "buffers", "optimizers", "ema", "scaler"}
 WAY_OUT = "use the config of that run, or another run.dir (train.init_from takes over its weights)"
@@ -71,6 +72,8 @@ def restore(state: State, stage: Stage, config: RunConfig, folder: Path) -> None
     if missing := sorted(SAVED - saved.keys()):
         raise ConfigError(f"{folder} has no {', '.join(missing)} in its training state; {WAY_OUT}")
     _check(saved, state, stage, config, folder)
+    for change in _differences(saved["config"], config, OPEN):
+        log.info("changed since %s: %s", folder.name, change)
     with torch.no_grad():
         for player, parameters in state.parameters.items():
             for p, value in zip(parameters.values(), saved["parameters"][player], strict=True):
@@ -91,7 +94,7 @@ def restore(state: State, stage: Stage, config: RunConfig, folder: Path) -> None
 
 def _check(saved: Mapping[str, Any], state: State, stage: Stage, config: RunConfig, folder: Path) -> None:
     """Refuse another run's state before anything is changed."""
-    if differing := _differences(saved["config"], config):
+    if differing := _differences(saved["config"], config, SAME):
         raise ConfigError(f"{folder} is of a run with {'; '.join(differing)}; {WAY_OUT}")
     if saved["parameters"].keys() != state.parameters.keys():
         theirs, ours = (", ".join(x["parameters"]) for x in (saved, vars(state)))
@@ -113,10 +116,10 @@ def _check(saved: Mapping[str, Any], state: State, stage: Stage, config: RunConf
         raise ConfigError(f"{folder} has EMA weights that train.ema=null would drop; set train.ema, or another run.dir")
 
 
-def _differences(theirs: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """Keys that a run may not change while it goes on, with both values."""
+def _differences(theirs: Mapping[str, Any], config: RunConfig, among: Sequence[str]) -> list[str]:
+    """Keys within these that the config has otherwise than a saved one, with both values."""
     old, new = _flat(_plain(RunConfig())) | _flat(theirs), _flat(_plain(config))
-    compared = [k for k in sorted(old.keys() | new.keys()) if f"{k}.".startswith(tuple(f"{s}." for s in SAME))]
+    compared = [k for k in sorted(old.keys() | new.keys()) if f"{k}.".startswith(tuple(f"{s}." for s in among))]
     return [f"{k}={old.get(k)!r}, not {new.get(k)!r}" for k in compared if k not in EXCEPT and old.get(k) != new.get(k)]
 
 

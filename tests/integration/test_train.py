@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -235,10 +236,12 @@ def test_what_a_run_may_not_change_while_it_goes_on_is_named(argument: str, mess
         start("vae", tmp_path, *FIRST, "train.steps=2", argument)
 
 
-def test_a_run_may_go_on_with_other_steps_rates_and_precision(tmp_path: Path) -> None:
+def test_a_run_may_go_on_with_other_steps_rates_and_precision(tmp_path: Path, caplog: Any) -> None:
     start("vae", tmp_path, *FIRST, "train.precision=bf16")
     other = ["train.lr=1e-5", "train.weight_decay=0.5", "train.decay=cosine", "log.every=2", "checkpoint.keep_last=5"]
+    caplog.set_level("INFO")
     folder = start("vae", tmp_path, *FIRST, "train.steps=2", "train.precision=fp16", *other)
+    assert "changed since step-00000001: train.lr=" in caplog.text
     state = checkpoint.read_state(folder)
     assert state["step"] == 2 and state["scaler"]["scale"] > 0
     assert state["optimizers"]["model"]["param_groups"][0]["weight_decay"] == 0.5
