@@ -56,6 +56,12 @@ def registered() -> dict[tuple[str, str], Callable[..., Any]]:
     return {key: entry.factory for key, entry in _KNOWN.items()}
 
 
+def keys(kind: str, name: object) -> list[str]:
+    """The YAML keys of a registered name, without those that the program gives; none if it is not registered."""
+    entry = _KNOWN.get((kind, str(name)))
+    return [] if entry is None or entry.options is None else list(inspect.signature(entry.options).parameters)
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest known word, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
@@ -139,7 +145,7 @@ def _params(
     for key, value in params.items():
         hint = hints.get(key, Any)
         if not fits(value, hint):
-            wanted = hint.__name__ if inspect.isclass(hint) else str(hint)
+            wanted = hint.__name__ if inspect.isclass(hint) else str(hint).replace("collections.abc.", "")
             raise ConfigError(f"{where}: {key} is {value!r}, must be {wanted}")
     return params
 
@@ -153,6 +159,9 @@ def fits(value: Any, hint: Any) -> bool:
         items = cast("tuple[Any, ...]", value) if isinstance(value, tuple) else None
         each = arguments[:1] * len(items or ()) if arguments[1:] == (...,) else arguments
         return items is not None and len(items) == len(each) and all(map(fits, items, each))
+    if inspect.isclass(origin) and issubclass(origin, Mapping):
+        pairs = cast("Mapping[Any, Any]", value).items() if isinstance(value, Mapping) else None
+        return pairs is not None and all(fits(k, arguments[0]) and fits(v, arguments[1]) for k, v in pairs)
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return hint is Any or not inspect.isclass(hint) or isinstance(value, hint)

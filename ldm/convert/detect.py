@@ -1,5 +1,6 @@
 """What a file holds, told from its tensor names and shapes alone."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ldm import registry
-from ldm.convert import infer, ip_adapter, tables_coadapter, tables_t2i
+from ldm.convert import infer, ip_adapter, tables_coadapter, tables_seecoder, tables_t2i
 from ldm.convert.infer import Config, ControlNetConfig, ProjectedTextConfig
 from ldm.convert.ip_adapter import IPAdapterConfig
 from ldm.convert.keymap import Renamed, grouped, nearest
 from ldm.convert.tables_coadapter import FuserConfig, StyleConfig
+from ldm.convert.tables_seecoder import SeeCoderConfig
 from ldm.convert.tables_t2i import T2IConfig
+from ldm.models.swin import Swin, SwinConfig
 from ldm.models.text import TextConfig, TextEncoder
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
@@ -44,6 +47,8 @@ SECTIONS = (  # of whole files, several at once; the first of each component is 
     Section("text_2", "original", "open_clip", "conditioner.embedders.1.model.", "token_embedding.weight"),
     Section("text_2", "original", "open_clip", "conditioner.embedders.0.model.", "token_embedding.weight"),  # refiner
     Section("controlnet", "original", "original", "control_model.", "input_hint_block.0.weight"),
+    Section("swin", "seecoder", "original", f"{tables_seecoder.OUTER}imencoder.", "patch_embed.proj.weight"),
+    Section("seecoder", "seecoder", "original", tables_seecoder.OUTER, "qtransformer.init_query.weight"),
 )
 BARE = (  # of files of one network: the first whose probe is there
     Section("t2i_adapter", "diffusers", "diffusers", "", "adapter.body.0.resnets.0.block1.weight"),
@@ -60,6 +65,8 @@ BARE = (  # of files of one network: the first whose probe is there
     ),
     Section("t2i_style", "ours", "ours", "", "queries"),
     Section("fuser", "ours", "ours", "", "write_tokens"),
+    Section("seecoder", "ours", "ours", "", "query_transformer.queries"),
+    Section("swin", "ours", "ours", "", "net.patch_embed.proj.weight"),
     Section("ip_adapter", "original", "original", "", "ip_adapter.1.to_k_ip.weight"),
     Section("ip_adapter", "ours", "ours", "", "to_k.0.weight"),
     Section("image", "diffusers", "transformers", "", "vision_model.embeddings.class_embedding"),
@@ -80,17 +87,20 @@ BARE = (  # of files of one network: the first whose probe is there
     Section("text", "ours", "ours", "", "token_embedding.weight"),
     Section("image", "open_clip", "open_clip", "", "visual.class_embedding"),
 )
-FOREIGN = (  # files that are no model of their own: pattern of a name, what it is, what to do
-    (r"^difference$", "a 'difference' ControlNet (stored minus the base UNet)", "use the full ControlNet file"),
-    (r"^ip_adapter\.\d+\.to_q_lora", "an IP-Adapter FaceID (with LoRA)", "use base, plus or full"),
-    (r"lora_controlnet", "a Control-LoRA", "use a full ControlNet file"),
+_FACE = ("an IP-Adapter FaceID (it hears a face recogniser, which is not supported)", "use base, plus or full")
+FOREIGN: tuple[tuple[tuple[str, ...], str, str], ...] = (  # files that no model here is read from:
+    # patterns that names match, each one; what it is; what to do
+    ((r"^difference$",), "a 'difference' ControlNet (stored minus the base UNet)", "use the full ControlNet file"),
+    ((r"^ip_adapter\.\d+\.to_q_lora",), *_FACE),
+    ((r"^image_proj\.proj\.0\.", r"^image_proj\.norm\."), *_FACE),  # a file without its LoRA
+    ((r"lora_controlnet",), "a Control-LoRA", "use a full ControlNet file"),
     (
-        r"^lora_(te|unet)|\.lora_(up|down|A|B)\b|[._]lora\.(up|down)\b",
+        (r"^lora_(te|unet)|\.lora_(up|down|A|B)\b|[._]lora\.(up|down)\b",),
         "a LoRA (changes to a model)",
         "merge it into its base model first",
     ),
-    (r"^(string_to_param|emb_params)", "a textual inversion", "name a UNet, VAE, text encoder or ControlNet"),
-    (r"(double|joint|single)_blocks\.0\.", "a diffusion transformer (SD3, FLUX)", "use SD1.x, SD2.x or SDXL weights"),
+    ((r"^(string_to_param|emb_params)",), "a textual inversion", "name a UNet, VAE, text encoder or ControlNet"),
+    ((r"(double|joint|single)_blocks\.0\.",), "a diffusion transformer (SD3, FLUX)", "use SD1.x, SD2.x or SDXL"),
 )
 KEPT = re.compile(  # buffers of training checkpoints: the schedule follows from the config
     r"^(betas|(sqrt_)?(one_minus_)?alphas_cumprod(_prev)?|(sqrt|log)_one_minus_alphas_cumprod"
@@ -108,6 +118,8 @@ READERS: dict[str, Callable[[Mapping[str, Tensor], str], tuple[Config, Renamed]]
     "fuser": tables_coadapter.fuser,
     "ip_adapter": ip_adapter.ip_adapter,
     "image": ip_adapter.vision,
+    "seecoder": tables_seecoder.seecoder,
+    "swin": tables_seecoder.swin,
 }
 
 
@@ -121,6 +133,7 @@ class Part:
         tensors: under our names.
         unused: names in the file of tensors that this project does not use.
         problems: what keeps it from being loaded, one phrase each; empty if it is whole.
+        remedy: what it then is, and what to do; "" if it is whole.
     """
 
     section: Section
@@ -128,6 +141,7 @@ class Part:
     tensors: dict[str, Tensor]
     unused: tuple[str, ...]
     problems: tuple[str, ...]
+    remedy: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +156,8 @@ class Contents:
 
 def foreign(state: Mapping[str, Tensor]) -> str | None:
     """What a file is that no model can be read from, with the next move; None for model weights."""
-    for pattern, what, then in FOREIGN:
-        if any(re.search(pattern, key) for key in state):
+    for patterns, what, then in FOREIGN:
+        if all(any(re.search(pattern, key) for key in state) for pattern in patterns):
             return f"{what}; {then}"
     return None
 
@@ -152,7 +166,7 @@ def sections(state: Mapping[str, Tensor]) -> tuple[Section, ...]:
     """The networks of a state dict, by their names alone. Raises: ConfigError if there is none."""
     if what := foreign(state):
         raise ConfigError(f"this is {what}")
-    found = [s for s in SECTIONS if any(key.startswith(s.prefix) for key in state)]
+    found = [s for s in _placed(state) if any(key.startswith(s.prefix) for key in state)]
     found = found or [s for s in BARE if s.prefix + s.probe in state][:1]
     if not found:
         some = grouped(sorted(state))
@@ -160,6 +174,13 @@ def sections(state: Mapping[str, Tensor]) -> tuple[Section, ...]:
             f"no known model among {len(state)} tensors ({some}); known: SD1/2, SDXL, VAE, ControlNet, T2I-Adapter"
         )
     return tuple(found)
+
+
+def _placed(state: Mapping[str, Tensor]) -> list[Section]:
+    """SECTIONS, those of SeeCoder where this file has it, if it has: any prefix may stand before its names."""
+    there = tables_seecoder.places(state)
+    seecoder = [dataclasses.replace(s, prefix=there[s.component]) for s in SECTIONS if s.component in there]
+    return [s for s in SECTIONS if s.layout != "seecoder"] + seecoder
 
 
 def contents(state: Mapping[str, Tensor]) -> Contents:
@@ -185,7 +206,8 @@ def part(state: Mapping[str, Tensor], section: Section) -> Part:
         place = section.prefix + "*" if section.prefix else section.layout
         raise ConfigError(f"{section.component} ({place}): {error}; download it again") from error
     unused = tuple(section.prefix + key for key in renamed.ignored)
-    return Part(section, config, renamed.tensors, unused, tuple(_problems(config, renamed)))
+    problems = tuple(_problems(config, renamed))
+    return Part(section, config, renamed.tensors, unused, problems, _remedy(config, renamed) if problems else "")
 
 
 def _problems(config: Config, renamed: Renamed) -> list[str]:
@@ -209,16 +231,33 @@ def _problems(config: Config, renamed: Renamed) -> list[str]:
     return out
 
 
+def _remedy(config: Config, renamed: Renamed) -> str:
+    """What a network with problems most likely is, and what to do about it."""
+    wanted, found = shapes(config).keys(), renamed.tensors.keys()
+    if isinstance(config, IPAdapterConfig) and found == wanted:
+        return (
+            "its layers are numbered in another order than the authors' (down, up, mid): use a published file, or "
+            "renumber them"
+        )
+    if renamed.unknown or found - wanted:
+        return "its names are of no layout that is known here: use a published file, or correct them"
+    if wanted - found:
+        return "this is part of a checkpoint: download it again, or name the file that has the rest"
+    return "it is of an architecture that is not known here: use weights of SD1.x, SD2.x or SDXL"
+
+
 @functools.cache
 def shapes(config: Config) -> Mapping[str, torch.Size]:
     """Our name -> shape of every tensor of a network, from the network itself on the meta device."""
     if isinstance(config, ProjectedTextConfig):
         return {**shapes(config.text), "text_proj": torch.Size((config.text.width, config.dim))}
     with torch.device("meta"):
-        if isinstance(config, ControlNetConfig):
+        if isinstance(config, SwinConfig):
+            net = Swin(config)
+        elif isinstance(config, ControlNetConfig):
             options: dict[str, Any] = {"hint_channels": config.hint_channels, "hint_widths": config.hint_widths}
             net = registry.build("adapter", {"name": "controlnet", **options}, unet=UNet(config.unet))
-        elif isinstance(config, T2IConfig | IPAdapterConfig):
+        elif isinstance(config, T2IConfig | IPAdapterConfig | SeeCoderConfig):
             net = registry.build("adapter", config.node, unet=UNet(config.unet))
         elif isinstance(config, StyleConfig | FuserConfig):
             net = registry.build(config.kind, config.node, unet=UNet(config.unet))
@@ -233,8 +272,10 @@ def shapes(config: Config) -> Mapping[str, torch.Size]:
 
 def architecture(config: Config) -> str:
     """The published model that a network has the shape of, or its shape in words."""
-    if isinstance(config, T2IConfig | IPAdapterConfig | StyleConfig | FuserConfig):
+    if isinstance(config, T2IConfig | IPAdapterConfig | StyleConfig | FuserConfig | SeeCoderConfig):
         return config.words
+    if isinstance(config, SwinConfig):
+        return tables_seecoder.swin_words(config)
     if isinstance(config, OpenCLIPConfig):
         name = {(1280, 32): "OpenCLIP ViT-H/14", (1664, 48): "OpenCLIP ViT-bigG/14", (1024, 24): "CLIP ViT-L/14"}
         known = name.get((config.width, config.layers), "CLIP image")

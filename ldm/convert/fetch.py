@@ -37,7 +37,7 @@ class Published:
 
     Attributes:
         url: https.
-        size: bytes.
+        size: bytes, or null if no source states them: the server's word is taken.
         sha256: 64 hex digits, or null if no source states it.
         licence: of the weights.
         layout: as `convert.py inspect` calls it.
@@ -46,7 +46,7 @@ class Published:
     """
 
     url: str
-    size: int
+    size: int | None
     sha256: str | None
     licence: str
     layout: str
@@ -151,7 +151,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _room(entry: Published, part: Path) -> None:
-    needed = entry.size - (part.stat().st_size if part.exists() else 0)
+    needed = (entry.size or 0) - (part.stat().st_size if part.exists() else 0)
     if (free := shutil.disk_usage(part.parent).free) < needed:
         raise ConfigError(
             f"{part.parent} has {free / 1e9:.1f} GB free, {entry.stored} needs {needed / 1e9:.1f} GB more; "
@@ -166,9 +166,10 @@ def _download(entry: Published, part: Path, wait: float) -> None:
     opener = urllib.request.build_opener(_Redirects, *proxies)
     failures = 0
     with part.open("ab") as file, tqdm(total=entry.size, unit="B", unit_scale=True, disable=None) as bar:
-        while (have := file.tell()) < entry.size:
+        while entry.size is None or file.tell() < entry.size:
+            have = file.tell()
             try:
-                _append(opener, entry, file, bar)
+                entry = _append(opener, entry, file, bar)
                 reason = "the connection ended early"
             except urllib.error.HTTPError as error:
                 if error.code not in PASSING:
@@ -179,8 +180,8 @@ def _download(entry: Published, part: Path, wait: float) -> None:
             failures = 0 if file.tell() > have else failures + 1
             if failures == ATTEMPTS:
                 raise ConfigError(
-                    f"{entry.url} failed {ATTEMPTS} times ({reason}); {file.tell()} of {entry.size} bytes are in "
-                    f"{part}: run the same command again to go on"
+                    f"{entry.url} failed {ATTEMPTS} times ({reason}); {file.tell()} of {entry.size or 'unknown'} bytes "
+                    f"are in {part}: run the same command again to go on"
                 )
             if failures:
                 log.warning("%s: %s; trying again", entry.stored, reason)
@@ -192,8 +193,11 @@ def _download(entry: Published, part: Path, wait: float) -> None:
         os.fsync(file.fileno())
 
 
-def _append(opener: urllib.request.OpenerDirector, entry: Published, file: BinaryIO, bar: Any) -> None:
-    """One request for what is missing. A server that sends the whole file all the same starts it afresh."""
+def _append(opener: urllib.request.OpenerDirector, entry: Published, file: BinaryIO, bar: Any) -> Published:
+    """One request for what is missing. A server that sends the whole file all the same starts it afresh.
+
+    Returns: the entry with its size, as the server says where the list does not.
+    """
     have = file.tell()
     headers = {"User-Agent": "ldm-adapters", "Accept-Encoding": "identity"}
     if have:
@@ -202,18 +206,21 @@ def _append(opener: urllib.request.OpenerDirector, entry: Published, file: Binar
         span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
         goes_on = answer.status == 206 and span is not None and int(span[1]) == have
         total = span[2] if span and goes_on else answer.headers.get("Content-Length", "")
-        if total.isdigit() and int(total) != entry.size:  # before anything is thrown away: it may be a login page
-            raise ConfigError(
-                f"{entry.url} has {total} bytes, must be {entry.size}: it was replaced; ask the publisher"
-            )
+        size = entry.size or (int(total) if total.isdigit() else 0)
+        if not size:
+            raise ConfigError(f"{entry.url} states no size; download it in a browser and give that file as weights")
+        if total.isdigit() and int(total) != size:  # before anything is thrown away: it may be a login page
+            raise ConfigError(f"{entry.url} has {total} bytes, must be {size}: it was replaced; ask the publisher")
         if not goes_on:
             have = 0
             file.truncate(0)
             file.seek(0)
         bar.update(have - bar.n)
-        while (room := entry.size - file.tell()) and (data := answer.read(min(CHUNK, room))):
+        bar.total = size
+        while (room := size - file.tell()) and (data := answer.read(min(CHUNK, room))):
             file.write(data)
             bar.update(len(data))
+    return dataclasses.replace(entry, size=size)
 
 
 def _refused(entry: Published, error: urllib.error.HTTPError) -> str:

@@ -23,7 +23,10 @@ from ldm.registry import ConfigError, suggest
 PICKLED = (".ckpt", ".pth", ".pt", ".bin")
 FOLDERS = {"unet": "unet", "vae": "vae", "text_encoder": "text", "text_encoder_2": "text_2", "controlnet": "controlnet"}
 EXTRAS = "extras"
-ALONE = ("t2i_adapter", "t2i_style", "fuser", "ip_adapter", "image")  # networks that no pipeline file has a place for
+ALONE = (  # networks that no pipeline file has a place for
+    *("t2i_adapter", "t2i_style", "fuser", "ip_adapter", "image"),
+    *("seecoder", "swin"),
+)
 OURS = (*FOLDERS.values(), *ALONE, EXTRAS)  # stems of the files that `import` writes
 IP_ADAPTER = ("image_proj", "ip_adapter")
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -49,7 +52,8 @@ def read(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         near = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
-        raise ConfigError(f"weights {path} do not exist{suggest(path.name, near)}")
+        then = suggest(path.name, near) or "; correct the path, or get them: convert.py fetch, or a training run"
+        raise ConfigError(f"weights {path} do not exist{then}")
     if path.name.endswith(".index.json"):
         return _sharded(path)
     if path.suffix != ".safetensors" and path.suffix not in PICKLED:

@@ -15,16 +15,21 @@ from ldm.convert import detect, files, infer
 from ldm.convert.detect import SECTIONS, Contents, Part
 from ldm.convert.infer import Config, UNetConfig
 from ldm.convert.keymap import grouped
+from ldm.convert.tables_seecoder import swin_buffers
+from ldm.models.swin import SwinConfig
 from ldm.registry import ConfigError
 
-ADAPTERS = {  # layout of one adapter -> its network
-    **dict.fromkeys(("controlnet_original", "controlnet_standalone", "controlnet_diffusers"), "controlnet"),
-    **dict.fromkeys(("t2i_original", "t2i_diffusers"), "t2i_adapter"),
-    "t2i_style": "t2i_style",
-    "coadapter_fuser": "fuser",
-    "ip_adapter": "ip_adapter",
+ADAPTERS = {  # layout of one adapter -> its networks
+    **dict.fromkeys(("controlnet_original", "controlnet_standalone", "controlnet_diffusers"), ("controlnet",)),
+    **dict.fromkeys(("t2i_original", "t2i_diffusers"), ("t2i_adapter",)),
+    "t2i_style": ("t2i_style",),
+    "coadapter_fuser": ("fuser",),
+    "ip_adapter": ("ip_adapter",),
+    "seecoder": ("seecoder", "swin"),
 }
+PLACED = ("controlnet_original", "seecoder")  # those of them whose names have a prefix
 LAYOUTS = ("original", "diffusers", *ADAPTERS)
+WHOLE = {"unet", "vae", "text", "text_2"}  # networks of a whole model's file
 SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
 
@@ -122,7 +127,8 @@ def _about(file: Path) -> Generator[None]:
 
 def _whole(part: Part, file: Path) -> dict[str, Tensor]:
     if part.problems:
-        raise ConfigError(f"{file}: {part.section.component} does not fit ({'; '.join(part.problems)})")
+        problems = "; ".join(part.problems)
+        raise ConfigError(f"{file}: {part.section.component} does not fit ({problems}); {part.remedy}")
     check_finite(part.tensors, part.section.component, file)
     return part.tensors
 
@@ -182,12 +188,12 @@ def _described(found: Contents) -> list[str]:
         lines.append(f"  {part.section.component}: {name}, {len(part.tensors)} tensors, {count:,} parameters, {kinds}")
         bad = not_finite(part.tensors)
         problems = [*part.problems, *([f"NaN or infinite values in {grouped(bad)}"] if bad else [])]
-        lines += [f"    {problem}" for problem in problems or ["complete"]]
-    if "original" in layouts:
-        there = {part.section.component for part in found.parts}
+        lines += [f"    {said}" for said in (*problems, part.remedy) if said] or ["    complete"]
+    there = {part.section.component for part in found.parts}
+    if "original" in layouts and there & WHOLE:
         if any(part.section.prefix.startswith("conditioner.embedders.0.") for part in found.parts):
             there.add("text")  # the refiner's first tower is the one that others have second
-        absent = {"unet", "vae", "text"} - there
+        absent = WHOLE - {"text_2"} - there
         lines += [f"  not in this file: {', '.join(sorted(absent))}"] if absent else []
     lines += [f"  buffers: {grouped(found.kept)}"] if found.kept else []
     lines += [f"  averaged weights (--ema): {len(found.dropped)} tensors"] if found.dropped else []
@@ -234,13 +240,13 @@ def export(paths: Sequence[Path], layout: str, out: Path) -> list[Path]:
         raise ConfigError(f"--out is {out}, must end in .safetensors for layout {layout}")
     model = read(paths)
     if layout not in ADAPTERS and (odd := sorted({*files.ALONE} & model.parts.keys())):
-        allowed = ", ".join(name for name, part in ADAPTERS.items() if part == odd[0]) or "no layout"
+        allowed = ", ".join(name for name, parts in ADAPTERS.items() if odd[0] in parts) or "no layout"
         raise ConfigError(f"layout {layout} has no place for a {odd[0]}; use {allowed}")
     if layout == "diffusers":
         return _export_folder(model, out)
-    wanted = {ADAPTERS[layout]} if layout in ADAPTERS else set(model.parts)
+    wanted = set(ADAPTERS.get(layout, model.parts))
     if not wanted or wanted - model.parts.keys():
-        need = ADAPTERS.get(layout, "network")
+        need = " and a ".join(ADAPTERS.get(layout, ("network",)))
         raise ConfigError(f"layout {layout} needs a {need}; given: {', '.join(model.parts) or 'no network'}")
     tensors: dict[str, Tensor] = {}
     for component in sorted(wanted):
@@ -253,12 +259,14 @@ def export(paths: Sequence[Path], layout: str, out: Path) -> list[Path]:
 
 def _published(model: Model, component: str, layout: str) -> dict[str, Tensor]:
     config, tensors = model.parts[component]
-    if layout in ADAPTERS and layout != "controlnet_original":
+    if layout in ADAPTERS and layout not in PLACED:
         naming, prefix = "diffusers" if layout.endswith("diffusers") else "original", ""
     else:
         section = _place(model, component)
         naming, prefix = section.naming, section.prefix
-    return {prefix + k: v for k, v in infer.keymap(config, naming).to_theirs(tensors).items()}
+    theirs = infer.keymap(config, naming).to_theirs(tensors)
+    theirs |= swin_buffers(config) if isinstance(config, SwinConfig) else {}
+    return {prefix + k: v for k, v in theirs.items()}
 
 
 def _place(model: Model, component: str) -> detect.Section:

@@ -126,7 +126,7 @@ class Output:
             "size": list(job.size),
             "sampler": s.sampler,
             "guidance": dataclasses.asdict(s.guidance),
-            "adapters": {name: use | {"hint": str(prompt.hints[name])} for name, use in uses.items()},
+            "adapters": {n: use | dict.fromkeys(("hint", "image"), str(prompt.hints[n])) for n, use in uses.items()},
             "source": _source(prompt) | {"strength": job.strength},
             "weights": self._weights,
             "config": _plain(dataclasses.replace(job.config, sample=alone)),

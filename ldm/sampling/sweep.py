@@ -20,7 +20,8 @@ from ldm.registry import ConfigError, suggest
 from ldm.sampling.plan import Item, Plan, pin_weights, plan
 
 ITEMS: Final = {"prompt": "sample.prompts", "seed": "sample.seeds"}  # axis -> the key that it is a value of
-USE_KEYS: Final = tuple(f.name for f in dataclasses.fields(AdapterUse) if f.name not in ("hint", "weights"))
+FIXED: Final = ("hint", "image", "weights")  # keys of an adapter that are the same in all combinations
+USE_KEYS: Final = tuple(f.name for f in dataclasses.fields(AdapterUse) if f.name not in FIXED)
 GUIDANCE_KEYS: Final = tuple(f.name for f in dataclasses.fields(GuidanceNode))
 SAMPLE_KEYS: Final = ("negative", "strength", "clip_skip", "prompt_weights", "long_prompts", "sampler")
 

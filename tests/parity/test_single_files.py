@@ -1,5 +1,6 @@
 """Published layouts written by us, read by diffusers' own converters; and the way back, byte for byte."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ single = pytest.importorskip("diffusers.loaders.single_file_utils")
 text_words = pytest.importorskip("scripts.benchmarks.networks").text_words
 
 State = dict[str, Tensor]
+UNETS = SMALL | {"inpainting": replace(SMALL["sd1"], in_channels=9)}  # latent, mask, masked image
 VAE_SMALL = VAEConfig(channels=(8, 16, 16), blocks=1, groups=4)
 TEXT_SMALL = TextConfig(width=16, layers=2, heads=1, merges=40, context_length=9)
 TEXT_2_SMALL = TextConfig(width=32, layers=2, heads=1, merges=40, context_length=9, activation="gelu", pad="zero")
 
 
 def reference_unet(name: str, full: bool = False) -> nn.Module:
-    config = (FULL if full else SMALL)[name]
+    config = (FULL if full else UNETS)[name]
     up = ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in reversed(config.depth)]
     return diffusers.UNet2DConditionModel(**shared_config(config), up_block_types=up)
 
@@ -87,7 +89,7 @@ def write_folder(folder: Path, name: str) -> dict[str, State]:
     return parts
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", UNETS)
 def test_every_layout_round_trips_byte_for_byte(name: str, tmp_path: Path) -> None:
     theirs = write_folder(tmp_path / "theirs", name)
     model.import_model(tmp_path / "theirs", tmp_path / "ours")
@@ -97,7 +99,7 @@ def test_every_layout_round_trips_byte_for_byte(name: str, tmp_path: Path) -> No
     model.export([tmp_path / "theirs"], "original", tmp_path / "single.safetensors")
     single_file = load_file(tmp_path / "single.safetensors")
     extras: State = {"betas": torch.rand(10, dtype=torch.float64), "alphas_cumprod": torch.rand(10)}
-    if name != "sd1":
+    if name in ("sd2", "sdxl"):
         place = "cond_stage_model.model." if name == "sd2" else "conditioner.embedders.1.model."
         extras[place + "logit_scale"] = torch.tensor(4.6)
     if name == "sd2":
@@ -109,12 +111,13 @@ def test_every_layout_round_trips_byte_for_byte(name: str, tmp_path: Path) -> No
     same(load_file(tmp_path / "back.safetensors"), single_file)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", UNETS)
 def test_original_unet_names_are_those_diffusers_reads(name: str) -> None:
     theirs = reference_unet(name)
     state = theirs.state_dict()
-    ours = convert.diffusers_unet(SMALL[name]).to_ours(state)
-    original = convert.original_unet(SMALL[name]).to_theirs(ours)
+    ours = convert.diffusers_unet(UNETS[name]).to_ours(state)
+    original = convert.original_unet(UNETS[name]).to_theirs(ours)
+    assert original["input_blocks.0.0.weight"].shape[1] == UNETS[name].in_channels
     prefixed = {f"model.diffusion_model.{k}": v for k, v in original.items()}
     same(single.convert_ldm_unet_checkpoint(prefixed, dict(theirs.config)), dict(state))
 

@@ -24,6 +24,13 @@ def test_use_and_options_of_an_adapter_are_told_apart() -> None:
         ({"scale": "big"}, "^adapters.edge: scale is 'big', must be float"),
         ({"weights": 5}, "^adapters.edge: weights is 5, must be str"),
         ({"start": 2.0}, "^adapters.edge: start is 2.0"),
+        ({"blocks": 3}, "^adapters.edge: blocks is 3, must be Mapping"),
+        ({"extractor": 5}, r"^adapters.edge: extractor is 5, must be str \| Mapping"),
+        ({"name": "t2i_adapter", "scal": 1}, r"^adapters.edge has the unknown key 'scal'; .*; did you mean 'scale'\?$"),
+        (
+            {"name": "t2i_adapter", "x": 1},
+            "unknown key 'x'; keys: variant, .*, scales, .*, image, scale, .*, extractor$",
+        ),
     ],
 )
 def test_adapter_that_makes_no_sense_is_refused(node: Any, said: str) -> None:

@@ -10,7 +10,7 @@ from ldm.control import Adapter, Control, ExtraKV
 from ldm.denoiser import AdapterUse, Denoiser, weigh_blocks, weigh_skips
 from ldm.models.unet import UNetSpec
 from ldm.registry import ConfigError
-from tests.small import SD1, latents, random_control, trained_unet
+from tests.small import SD1, SHALLOW, latents, random_control, trained_unet
 
 GUESS = [0.0994, 0.1205, 0.1461, 0.1770, 0.2146, 0.2601, 0.3153, 0.3822, 0.4633, 0.5615, 0.6806, 0.8250, 1.0]
 
@@ -59,6 +59,10 @@ def weights(control: Control) -> list[float]:
         (10, 0.5, 1.0, range(5, 10)),
         (10, 0.0, 0.0, range(0)),
         (10, 1.0, 1.0, range(0)),
+        (50, 0.0, 0.4, range(20)),
+        (50, 0.0, 0.5, range(25)),
+        (50, 0.0, 0.8, range(40)),
+        (50, 0.0, 1.0, range(50)),
     ],
 )
 def test_active_steps(steps: int, start: float, end: float, active: range) -> None:
@@ -206,3 +210,24 @@ def test_blocks_weigh_a_resolution_wherever_it_enters() -> None:
     for tap, before, after in zip(unet.spec.skips, control.skips, weighed.skips, strict=True):
         assert torch.equal(after, torch.zeros_like(before) if tap.stride == 1 else before)
     assert not weighed.stages[0].any() and torch.equal(weighed.stages[1], control.stages[1])
+
+
+@pytest.mark.parametrize(
+    ("part", "blocks", "said"),
+    [
+        ("stages", {"up": 0.0}, "'up', where this adapter says nothing; it speaks at down.0, down.1: drop the key"),
+        ("stages", {"down": 1.0, "mid": 0.0}, "'mid', where"),
+        (
+            "attn",
+            {"down.0": 0.0},
+            "'down.0', where .*; it speaks at down.1.0, mid, up.0.0, up.0.1",
+        ),
+    ],
+)
+def test_blocks_where_an_adapter_says_nothing_are_refused(part: str, blocks: dict[str, float], said: str) -> None:
+    unet = trained_unet(SHALLOW)
+    whole = random_control(unet.spec, 4, 8)
+    prompt = tuple(torch.ones(2, 3, layer.inner_dim) for layer in unet.spec.cross_attn)
+    control = {"stages": Control(stages=whole.stages), "attn": Control(attn=(ExtraKV(k=prompt, v=prompt),))}[part]
+    with pytest.raises(ConfigError, match=said):
+        weigh_blocks(control, blocks, unet.spec)

@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
@@ -14,6 +15,7 @@ class AppleOptions:
     seeds: int = 5
     sizes: tuple[int, ...] = ()
     skin: tuple[float, float] | None = None
+    worms: str | Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         if self.seeds < 0:
@@ -52,6 +54,11 @@ def test_signature_lists_the_keys_where_there_is_no_options_dataclass() -> None:
 def test_decorator_returns_what_it_decorates() -> None:
     assert pear(weight=1.0) == (1.0, "none")
     assert registry.registered()[KIND, "pear"] is pear
+
+
+def test_keys_are_those_of_the_options() -> None:
+    assert registry.keys(KIND, "apple") == ["colour", "seeds", "sizes", "skin", "worms"]
+    assert registry.keys(KIND, "aple") == registry.keys(KIND, None) == []
 
 
 def test_names_are_sorted_and_of_one_kind() -> None:
@@ -127,6 +134,10 @@ def test_value_that_the_factory_refuses_is_a_config_error_that_names_the_node() 
         ({"name": "apple", "colour": "red", "sizes": [3, "x"]}, r"sizes is \(3, 'x'\), must be tuple\[int, ...\]"),
         ({"name": "apple", "colour": "red", "skin": "waxy"}, r"skin is 'waxy', must be tuple\[float, float\] \| None"),
         ({"name": "apple", "colour": "red", "skin": [1]}, r"skin is \(1,\), must be tuple\[float, float\] \| None"),
+        ({"name": "apple", "colour": "red", "worms": 3}, r"worms is 3, must be str \| Mapping\[str, float\] \| None"),
+        ({"name": "apple", "colour": "red", "worms": ["a"]}, r"worms is \('a',\), must be str \| Mapping"),
+        ({"name": "apple", "colour": "red", "worms": {1: 2}}, r"worms is \{1: 2\}, must be str \| Mapping"),
+        ({"name": "apple", "colour": "red", "worms": {"a": "b"}}, r"worms is \{'a': 'b'\}, must be str \| Mapping"),
     ],
 )
 def test_value_of_another_type_is_refused(node: dict[str, object], said: str) -> None:
@@ -138,6 +149,7 @@ def test_whole_numbers_and_null_fit_where_they_should() -> None:
     options = registry.options(KIND, {"name": "apple", "colour": "red", "skin": [1, 0.5]})
     assert options.skin == (1, 0.5)
     assert registry.options(KIND, {"name": "apple", "colour": "red", "skin": None}).skin is None
+    assert registry.options(KIND, {"name": "apple", "colour": "red", "worms": {"a": 1}}).worms == {"a": 1}
     assert registry.build(KIND, {"name": "plum", "weight": 1}) == 1.5
 
 

@@ -7,6 +7,7 @@ import re
 import threading
 import urllib.request
 import urllib.response
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -95,6 +96,13 @@ def test_a_part_is_continued(server: Any, tmp_path: Path) -> None:
     assert server.asked == [("/file", "bytes=700-")]
 
 
+def test_an_unknown_size_is_the_servers(server: Any, tmp_path: Path) -> None:
+    (tmp_path / "x.bin.part").write_bytes(DATA[:700])
+    assert get(entry(server, "/file", size=None), tmp_path) == DATA
+    assert get(entry(server, "/broken", size=None), tmp_path / "broken") == DATA
+    assert [span for _, span in server.asked] == ["bytes=700-", None, "bytes=4000-", "bytes=8000-"]
+
+
 def test_a_broken_connection_is_taken_up_again(server: Any, tmp_path: Path) -> None:
     assert get(entry(server, "/broken"), tmp_path) == DATA
     assert [span for _, span in server.asked] == [None, "bytes=4000-", "bytes=8000-"]
@@ -172,9 +180,13 @@ def test_no_room_and_no_answer_are_said(server: Any, tmp_path: Path) -> None:
 def test_the_list_is_whole() -> None:
     entries = fetch.published(LIST)
     assert {"sd15", "sd15-inpainting", "sd21-base", "sd21", "sdxl-base", "sdxl-vae-fp16-fix"} <= entries.keys()
+    kinds = Counter(name.partition("-")[0] for name in entries)
+    assert (kinds["controlnet"], kinds["t2i"], kinds["coadapter"], kinds["ip"]) == (14, 18, 6, 9)
+    assert len({item.stored for item in entries.values()}) == len(entries)  # none is stored over another
     for item in entries.values():
         assert item.url.startswith("https://") and item.stored.endswith((".safetensors", ".ckpt", ".pth"))
         assert item.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", item.sha256)
+        assert all((LIST.parents[1] / path).is_file() for path in re.findall(r"configs/\S+", item.config))
     with pytest.raises(ConfigError, match=r"no published file 'sd5'; known: sd15, .*did you mean 'sd15'"):
         fetch.fetch("sd5", entries, Path())
 

@@ -250,7 +250,10 @@ def wider(sources: Path, path: Path) -> None:
     ("make", "said"),
     [
         (truncated, r"is not readable .*; it has \d+ bytes, compare that with the source: download it again"),
-        (half, r"unet does not fit \(\d+ of \d+ tensors missing: decoder\.levels\.0"),
+        (
+            half,
+            r"unet does not fit \(\d+ of \d+ tensors missing: decoder\.levels\.0.*\); .*part of a checkpoint: down",
+        ),
         (nan, r"it has NaN or infinite values in 1 tensors \(encoder.conv_in.bias\); download it again or use"),
         (lora, "this is a LoRA .changes to a model.; merge it into its base model first"),
         (vae, "holds vae, no unet; name a file or folder that has one"),
