@@ -31,7 +31,7 @@ class T2IAdapterOptions:
         hint_channels: 1 or 3.
         vae_factor: pixels per latent pixel. The hint's pixels are folded into channels by this factor, by twice as
             much in "xl".
-        blocks: residual blocks per level; null is what was released: 2, and 4 in "light".
+        depth: residual blocks per level; null is what was released: 2, and 4 in "light".
         divisor: of "light": 4 is the paper's small adapter and the released colour adapter, 8 its tiny one.
         scales: which features are used, counted from the largest resolution; null = all (ablation of section 4.3).
         guide: "encoder", "decoder" or "both" (same ablation; the decoder gets them with the skip of that scale).
@@ -41,7 +41,7 @@ class T2IAdapterOptions:
     variant: str = "full"
     hint_channels: int = 3
     vae_factor: int = 8
-    blocks: int | None = None
+    depth: int | None = None
     divisor: int = 4
     scales: tuple[int, ...] | None = None
     guide: str = "encoder"
@@ -58,7 +58,7 @@ class T2IAdapterOptions:
             raise ConfigError(
                 f"t2i_adapter.hint_channels is {self.hint_channels}; allowed: 1 (lines, depth), 3 (colour)"
             )
-        for name in ("vae_factor", "blocks", "divisor"):
+        for name in ("vae_factor", "depth", "divisor"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"t2i_adapter.{name} is {value}, must be at least 1")
         if self.variant == "xl" and self.guide != "encoder":
@@ -156,7 +156,7 @@ class T2IAdapter(Adapter[tuple[Tensor, ...]]):
         light = options.variant == "light"
         self.factor = options.vae_factor * taps[0].stride
         folded = options.hint_channels * self.factor**2
-        blocks = options.blocks or (4 if light else 2)
+        blocks = options.depth or (4 if light else 2)
         divisor = options.divisor if light else None
         self.conv_in = None if light else nn.Conv2d(folded, taps[0].channels, 3, padding=1)
         first = Tap(folded if light else taps[0].channels, taps[0].stride)

@@ -72,7 +72,7 @@ class T2IConfig:
             "name": "t2i_adapter",
             "hint_channels": self.hint_channels,
             "vae_factor": factor,
-            "blocks": self.blocks,
+            "depth": self.blocks,
         }
         return common | shape
 

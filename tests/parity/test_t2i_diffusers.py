@@ -107,7 +107,7 @@ def test_original_names_are_tencents() -> None:
 )
 def test_first_convolution_tells_channels_and_base(folded: int, divisor: int | None, node: dict[str, Any]) -> None:
     config = T2IConfig((320, 640, 1280, 1280), folded, 2, divisor)
-    assert config.node == {"name": "t2i_adapter", "blocks": 2, **node}
+    assert config.node == {"name": "t2i_adapter", "depth": 2, **node}
 
 
 def shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
