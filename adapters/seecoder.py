@@ -252,6 +252,7 @@ class SeeCoder(Adapter[Control]):
     gives_context = True
     weighable = frozenset()
     hint_range = (0.0, 1.0)
+    silent_parts = ("query_transformer.position.",)
 
     def __init__(self, options: SeeCoderOptions, *, unet: UNet, tower: ImageTower | None = None) -> None:
         """Args: tower: the backbone with its weights; None makes one of the same shape."""

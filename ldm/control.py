@@ -204,12 +204,14 @@ class Adapter(nn.Module, ABC, Generic[P]):
         weighable: which keys of its use weaken it; those that cannot are refused. Control's scale, mask and blocks
             reach all but `context`.
         gives_context: it stands for the text: the other adapters hear its context as part of `base` (SeeCoder).
+        silent_parts: prefixes of tensors that start as no-ops: training may begin from weights without them.
     """
 
     hint_range: tuple[float, float] | None = None
     image_prompt: ClassVar[bool] = False
     weighable: ClassVar[frozenset[str]] = frozenset({"scale", "mask", "blocks"})
     gives_context: ClassVar[bool] = False
+    silent_parts: ClassVar[tuple[str, ...]] = ()
 
     @property
     def heard(self) -> tuple[nn.Module, ...]:

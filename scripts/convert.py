@@ -3,7 +3,7 @@
 python scripts/convert.py inspect v1-5-pruned-emaonly.safetensors
 python scripts/convert.py import v1-5-pruned-emaonly.safetensors --out checkpoints/sd15 [--ema: its averaged UNet]
 python scripts/convert.py export checkpoints/sd15 --layout LAYOUT --out sd15.safetensors; LAYOUT: original, diffusers,
-    controlnet_{original,standalone,diffusers}, t2i_{original,diffusers,style}, coadapter_fuser, ip_adapter
+    controlnet_{original,standalone,diffusers}, t2i_{original,diffusers,style}, coadapter_fuser, ip_adapter, seecoder
 python scripts/convert.py fetch sd15 [--out checkpoints] [--sha256 HEX]
 python scripts/convert.py share runs/emoji/ldm unet.safetensors [--stem model] [--dtype fp16] [--only PREFIX]
 """

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ldm.convert import tables
+from ldm.convert import tables, tables_seecoder
 from ldm.convert.ip_adapter import IPAdapterConfig, vision_map
 from ldm.convert.keymap import KeyMap, Renamed, count, indices, size
 from ldm.convert.tables_coadapter import FuserConfig, StyleConfig
+from ldm.convert.tables_seecoder import SeeCoderConfig
 from ldm.convert.tables_t2i import T2I_MAPS, T2IConfig
+from ldm.models.swin import SwinConfig
 from ldm.models.text import ALL_MERGES, ALPHABET, TextConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
@@ -50,6 +52,8 @@ Config = (
     | FuserConfig
     | IPAdapterConfig
     | OpenCLIPConfig
+    | SeeCoderConfig
+    | SwinConfig
 )
 State = Mapping[str, Tensor]
 
@@ -206,8 +210,10 @@ def keymap(config: Config, naming: str) -> KeyMap:
     """The layout of a network under these names: original | diffusers | transformers | open_clip | ours."""
     if isinstance(config, T2IConfig):
         return T2I_MAPS[naming](config)
-    if isinstance(config, IPAdapterConfig | StyleConfig | FuserConfig):
+    if isinstance(config, IPAdapterConfig | StyleConfig | FuserConfig | SeeCoderConfig):
         return config.keymap(naming)
+    if isinstance(config, SwinConfig):
+        return tables_seecoder.swin_map(config, naming)
     if isinstance(config, OpenCLIPConfig):
         return vision_map(config, naming)
     if isinstance(config, TextConfig):

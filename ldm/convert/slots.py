@@ -25,8 +25,10 @@ PARTS: Mapping[tuple[str, str], Mapping[str, str]] = {
     ("adapter", "t2i_adapter"): {"": "t2i_adapter"},
     ("adapter", "ip_adapter"): {"": "ip_adapter"},
     ("adapter", "t2i_style"): {"": "t2i_style"},
+    ("adapter", "seecoder"): {"": "seecoder"},
     ("fuser", "coadapter"): {"": "fuser"},
     ("image", "open_clip"): {"": "image"},
+    ("image", "swin"): {"": "swin"},
 }  # kind and name of a node -> prefix of the module's tensors -> the network of published files that they are
 
 

@@ -13,7 +13,7 @@ from ldm.data.errors import DataError
 from ldm.data.images import ImageData, Sample, choose
 from ldm.data.reading import image_size, inside, read_image
 from ldm.data.records import Pairing, Record, pairs, read_records, select
-from ldm.data.transforms import CROPS, Window, draw_window, extracted, resize, to_hint, to_image
+from ldm.data.transforms import CROPS, Window, draw_window, extracted, resize, to_hint, to_image, varied
 from ldm.registry import build, checked, register, suggest
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class FolderOptions:
             that makes it of the image, e.g. {name: color, cell: 8} (adapters/hints.py).
         where: column -> wanted value or list of values, e.g. {split: train, style: [flat, noto]}.
         reference: column with the image prompt's file ("file" is the image itself), or the keys of `Pairing` to take
-            other images of the set, or None; never augmented.
+            other images of the set, or None; augmented by `Pairing.flip` and `crop` alone.
         crop: "center" or "random" (shorter side to `size`, then a square), or "none" (squeezed to a square).
         oversize: the shorter side is first resized to oversize * size, which gives random crops room; at least 1.
         flip: mirror half of the samples when augmenting; mind captions that say left or right.
@@ -105,6 +105,7 @@ class FolderData(ImageData):
     def __init__(self, options: FolderOptions, entries: list[_Entry]) -> None:
         self.options = options
         self._extractors = options.extractors
+        self._pairing = options.pairing
         self._total = len(entries)
         self._kept: dict[int, _Pixels] = {}
         self._prompts: dict[str, Tensor] = {}
@@ -155,9 +156,11 @@ class FolderData(ImageData):
         if not entry.references:
             return None
         path = entry.references[choose(len(entry.references), entry.key, generator)]
-        if path == entry.image and self.options.oversize == 1:  # decoded already
-            return to_image(_centred(pixels.image, self.options.size))
-        return self.reference(str(path))
+        known = path == entry.image and self.options.oversize == 1  # decoded already
+        whole = to_image(_centred(pixels.image, self.options.size)) if known else self.reference(str(path))
+        if generator is None or self._pairing is None or not self._pairing.augments:
+            return whole
+        return varied(whole, self._pairing.crop, self._pairing.flip, generator)
 
     def _leave_out(self, error: str) -> None:
         if error in self._damaged:

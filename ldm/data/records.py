@@ -53,15 +53,28 @@ class Pairing:
     """Image prompts taken from the set itself, e.g. {same: concept, where: {style: noto}}.
 
     Attributes:
-        same: column whose value reference and image share.
+        same: column whose value reference and image share; "file" makes every image its own (with `itself`).
         where: column -> wanted value or values of the reference; other columns are wanted as for the image, so a
             reference never comes from another split unless this says so.
         itself: an image may be its own reference.
+        flip: mirror half of the references in training, whether the image is mirrored or not.
+        crop: in training, cut a random square out of the reference: the least part of its side, in (0, 1].
     """
 
     same: str
     where: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     itself: bool = False
+    flip: bool = False
+    crop: float = 1.0
+
+    @property
+    def augments(self) -> bool:
+        """Whether references are changed in training."""
+        return self.flip or self.crop < 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise DataError(f"data.reference.crop is {self.crop}, must be in (0, 1], 1 keeps the whole reference")
 
 
 def layout_of(root: Path) -> str:
@@ -126,7 +139,7 @@ def pairs(
     Returns: file -> files; empty where there are none.
     Raises: DataError on an unknown column, or when no row has a reference.
     """
-    select(every, {pairing.same: [row.columns.get(pairing.same) for row in every]}, root)  # refuses an unknown column
+    select(every, {pairing.same: [rows[0].columns.get(pairing.same)]}, root)  # refuses an unknown column
     found: dict[Any, list[str]] = {}
     for row in select(every, {**where, **pairing.where}, root):
         found.setdefault(row.columns.get(pairing.same), []).append(row.file)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -70,6 +71,14 @@ def resize(image: Image.Image, size: int, *, crop: str, hint: bool) -> Tensor:
         image = image.resize(target, Image.Resampling.BOX if hint else Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
     return pixels.view(target[1], target[0], 3).permute(2, 0, 1).contiguous()
+
+
+def varied(image: Tensor, least: float, flip: bool, generator: torch.Generator) -> Tensor:
+    """A random square of a square picture in [-1, 1], at the same size: from `least` of its side on; perhaps mirrored."""
+    size = image.shape[-1]
+    side = round(size * (least + (1 - least) * float(torch.rand((), generator=generator))))
+    part = draw_window(size, size, max(side, 1), crop="random", flip=flip, generator=generator).cut(image)
+    return F.interpolate(part[None], size=(size, size), mode="bicubic", antialias=True)[0].clamp(-1, 1)
 
 
 def to_image(pixels: Tensor) -> Tensor:

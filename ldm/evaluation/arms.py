@@ -23,7 +23,7 @@ class Plan:
     """What to draw and measure.
 
     Attributes:
-        arms: name -> adapter -> its use; "base", without adapters, comes first.
+        arms: name -> adapter -> its use; "base", without adapters, comes first where there is a text encoder.
         measures: adapter -> name -> measure, of that adapter's hint.
     """
 
@@ -35,7 +35,7 @@ def plan(config: RunConfig, denoiser: Denoiser) -> Plan | None:
     """Read `evaluation:` for the adapters of a config.
 
     Arms, unless given: base, each adapter alone under its own name, and all of them together ("all"). Measures, unless
-    given: as `by_hint` says.
+    given: as `by_hint` says. Without a text encoder there is no base: arms have an adapter that stands for the text.
 
     Returns: None if no adapter has a measure.
     Raises: ConfigError on names that do not exist, and whatever would fail only after drawing.
@@ -46,6 +46,8 @@ def plan(config: RunConfig, denoiser: Denoiser) -> Plan | None:
         raise ConfigError(f"evaluation.measures has {unknown[0]!r}, which is no adapter; {_known(unknown[0], uses)}")
     arms = given.arms or _usual(uses)
     drawn = {BASE: {}} | {name: _arm(name, node, uses, denoiser) for name, node in arms.items()}
+    if config.model.text is None:
+        drawn = _with_context(drawn, denoiser, told=bool(given.arms))
     measures = {name: _measures(name, use, config, denoiser) for name, use in uses.items()}
     return Plan(drawn, measures) if any(measures.values()) else None
 
@@ -72,6 +74,23 @@ def _usual(uses: Mapping[str, AdapterUse]) -> dict[str, list[str]]:
             f"evaluation.arms, e.g. to {{only_{taken[0]}: [{taken[0]}]}}"
         )
     return {name: [name] for name in uses} | together
+
+
+def _with_context(
+    arms: Mapping[str, Mapping[str, AdapterUse]], denoiser: Denoiser, told: bool
+) -> dict[str, Mapping[str, AdapterUse]]:
+    """The arms that have something in place of the text. Raises: ConfigError on another that the config asks for."""
+    able = {
+        arm: uses
+        for arm, uses in arms.items()
+        if any(denoiser.adapter(name).gives_context and use.scale for name, use in uses.items())
+    }
+    if told and (unable := [arm for arm in arms if arm not in able and arm != BASE]):
+        givers = ", ".join(name for name in denoiser.adapters if denoiser.adapter(name).gives_context)
+        raise ConfigError(
+            f"evaluation.arms.{unable[0]} has no context: model.text is null, and {givers} stands for it; add that"
+        )
+    return able
 
 
 def _arm(name: str, node: Any, uses: Mapping[str, AdapterUse], denoiser: Denoiser) -> dict[str, AdapterUse]:

@@ -145,8 +145,11 @@ class DiffusionStage(Stage):
     def cached(self, data: ImageData, device: torch.device) -> Dataset:
         """Latents and text conditions computed once, if asked for. Raises: ConfigError if the data is augmented."""
         view = getattr(data, "options", None)
-        if self.options.cache and (getattr(view, "flip", False) or getattr(view, "crop", "") == "random"):
-            raise ConfigError("stage.cache is on, but data.flip or data.crop asks for augmentation; switch one off")
+        pairs = getattr(getattr(view, "pairing", None), "augments", False)
+        if self.options.cache and (pairs or getattr(view, "flip", False) or getattr(view, "crop", "") == "random"):
+            raise ConfigError(
+                "stage.cache is on, but data.flip, data.crop or data.reference asks for augmentation; switch one off"
+            )
         if not self.options.cache:
             return data
         prompted = any(self.denoiser.adapter(name).image_prompt for name in self.uses)

@@ -59,14 +59,16 @@ def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.opti
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
-    """Learning rate of optimizer step `step` (0-based): linear warm-up, then constant or cosine to zero."""
+    """Learning rate of optimizer step `step` (0-based): linear warm-up, then as `TrainConfig.decay` says."""
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     if config.decay == "constant":
         return config.lr * warm
     if config.decay == "cosine":
         done = max(0, step - config.warmup) / max(1, config.steps - config.warmup)
         return config.lr * warm * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-    raise ConfigError(f"train.decay is {config.decay!r}; allowed: constant, cosine")
+    if config.decay == "step":
+        return config.lr * warm * (0.1 if 2 * step >= config.steps else 1.0)
+    raise ConfigError(f"train.decay is {config.decay!r}; allowed: constant, cosine, step")
 
 
 def guarded_step(optimizer: torch.optim.AdamW, parameters: Sequence[nn.Parameter], clip: float | None) -> Tensor:

@@ -21,7 +21,7 @@ from ldm.training import estimate, stream
 ROOT = Path(__file__).resolve().parents[2] / "configs"
 EVERY = sorted(ROOT.rglob("*.yaml"))
 MODEL, DATA, TRAIN, SAMPLE = (sorted((ROOT / kind).rglob("*.yaml")) for kind in ("model", "data", "train", "sample"))
-TRAIN_WHAT = {"vae", "clip", "ldm", "controlnet", "t2i", "ip", "coadapter"}
+TRAIN_WHAT = {"vae", "clip", "ldm", "controlnet", "t2i", "ip", "coadapter", "seecoder"}
 
 
 load = functools.cache(config.load)  # a frozen dataclass: safe to share
@@ -157,7 +157,7 @@ def test_sample_config_builds_on_the_meta_device(path: Path) -> None:
     cfg = load(path)
     with torch.device("meta"):
         denoiser, vae = build.denoiser(cfg), build.component("vae", cfg.model.vae)
-        build.component("text", cfg.model.text)
+        build.text(cfg)
     schedule = build.schedule(cfg)
     sampler = registry.build("sampler", cfg.sample.sampler, schedule=schedule)
     assert isinstance(sampler, Sampler)

@@ -13,6 +13,7 @@ from torch import Tensor
 import adapters  # noqa: F401
 from ldm import registry
 from ldm.convert import detect, infer, keymap, model, slots
+from ldm.convert.tables_seecoder import SeeCoderConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.registry import ConfigError
 from ldm.training import checkpoint
@@ -26,6 +27,7 @@ VIT = {"name": "vit", "image_size": 16, "patch": 8, "width": 16, "layers": 2, "h
 CLIP = {"image_size": 16, "patch": 8, "width": 64, "layers": 2, "heads": 1, "mlp": 8, "embed_dim": 6}
 TINY = {"channels": [8, 16], "blocks": 1, "groups": 4}
 IP = {"name": "ip_adapter", "encoder": VIT}
+SWIN = {"image_size": 32, "width": 8, "depths": [2, 1], "heads": [1, 2], "window": 2, "pyramid": True}
 NODES: dict[str, tuple[str, dict[str, Any], UNetConfig | None]] = {  # kind, YAML, UNet
     "unet": (
         "unet",
@@ -43,9 +45,12 @@ NODES: dict[str, tuple[str, dict[str, Any], UNetConfig | None]] = {  # kind, YAM
     "ip_base": ("adapter", IP, CROSS),
     "ip_plus": ("adapter", {**IP, "variant": "plus", "width": 8, "head_dim": 8, "depth": 1, "tokens": 2}, CROSS),
     "ip_full": ("adapter", {**IP, "variant": "full"}, CROSS),
+    "seecoder": ("adapter", {**SeeCoderConfig((16, 32), 12, 7, 2, 12, 1, 10).node, "heads": 1}, CROSS),
+    "swin": ("image", {"name": "swin", **SWIN}, None),
 }
 CASES = [
     *((name, "original") for name in ("unet", "vae", "t2i_full", "t2i_xl", "ip_base", "ip_plus", "ip_full")),
+    *((name, "original") for name in ("seecoder", "swin")),
     *((name, "diffusers") for name in ("controlnet", "t2i_light")),
     *((name, "transformers") for name in ("text", "text_2", "image")),
     *((name, "ours") for name in ("text_2", "t2i_light", "ip_plus")),
@@ -55,6 +60,7 @@ TELLING = re.compile(  # what a network's shape is read from, under our names; t
     r"conv_in\.weight$|conv_out\.weight$|embed\.0\.weight|attn2\.to_k|proj_in\.weight|levels\.0\.(in_|blocks\.0\.)conv"
     r"|levels\.0\.blocks\.0\.(res\.)?conv1\.weight|out_conv\.weight|hint\.convs\.[02]\.weight|embedding|text_proj"
     r"|net\.(conv1|proj)|resblocks\.0\.(mlp\.c_fc|attn\.in_proj)_?\.?weight|image\.proj\.(latents|.*weight)|to_k\.0"
+    r"|patch_embed\.proj\.weight|0\.attn\.relative_position_bias_table|inputs\.\d\.conv\.w|queries|0\.ff\.linear1\.weight"
 )
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "scalar": lambda v: v.new_ones(()),

@@ -66,6 +66,30 @@ def test_reference_may_be_itself_or_of_one_style_or_of_more_splits(tmp_path: Pat
     }
 
 
+def test_references_alone_are_mirrored_and_cropped_in_training(tmp_path: Path) -> None:
+    ramp = Image.linear_gradient("L").rotate(90).resize((16, 16))  # dark on the left or on the right
+    ramp.convert("RGB").save(tmp_path / "a.png")
+    write_rows(tmp_path, [{"file": "a.png", "text": "a"}])
+
+    def drawn(seed: int | None = None, **keys: Any) -> Any:
+        data = folder(tmp_path, reference={"same": "file", "itself": True, **keys})
+        return data.load(0, None if seed is None else torch.Generator().manual_seed(seed))
+
+    whole = drawn().reference
+    flipped = [drawn(seed, flip=True) for seed in range(8)]
+    assert all(torch.equal(s.image, whole) for s in flipped)
+    assert {torch.equal(s.reference, whole) for s in flipped} == {True, False}
+    assert all(torch.equal(s.reference, whole) or torch.equal(s.reference, whole.flip(-1)) for s in flipped)
+    cropped = [drawn(seed, crop=0.5).reference for seed in range(8)]
+    spans = [float(x.max() - x.min()) for x in (whole, *cropped)]
+    assert len({x.mean().item() for x in cropped}) > 4 and min(spans[1:]) < 0.8 * spans[0]
+    assert all(x.shape == whole.shape and x.abs().max() <= 1 for x in cropped)
+    assert torch.equal(drawn(3, crop=0.5).reference, cropped[3])
+    assert torch.equal(drawn(None, flip=True, crop=0.5).reference, whole)
+    with pytest.raises(DataError, match=r"data.reference.crop is 1.5, must be in \(0, 1\]"):
+        drawn(crop=1.5)
+
+
 @pytest.mark.parametrize("memory", [True, False])
 def test_reference_is_drawn_with_the_samples_own_generator(tmp_path: Path, memory: bool) -> None:
     data = folder(

@@ -55,6 +55,20 @@ def test_one_adapter_alone_is_all() -> None:
     assert scales(got.arms) == {"base": {}, "edge": {"edge": 1}}
 
 
+def test_without_a_text_every_arm_has_what_stands_for_it() -> None:
+    textless = CONFIGS / "train" / "tiny" / "seecoder.yaml"
+    both = [EDGE, "data.hints=[edge]"]
+    got = planned(*both, file=textless)
+    assert got is not None
+    assert scales(got.arms) == {"see": {"see": 1}, "all": {"see": 1, "edge": 1}}
+    got = planned(*both, "evaluation.arms={a: [see], b: {see: 1, edge: 0.5}}", file=textless)
+    assert got is not None
+    assert scales(got.arms) == {"a": {"see": 1}, "b": {"see": 1, "edge": 0.5}}
+    for arms in ("{a: [see], b: [edge]}", "{b: {see: 0, edge: 1}}"):
+        with pytest.raises(ConfigError, match=r"arms.b has no context: model.text is null, and see stands for it"):
+            planned(*both, f"evaluation.arms={arms}", file=textless)
+
+
 def test_a_list_keeps_scales_and_a_mapping_sets_them() -> None:
     got = planned(TWO, "evaluation.arms={a: [sketch], b: {sketch: 0.5, tint: 0}, base: []}")
     assert got is not None

@@ -1,10 +1,12 @@
 """The diffusion stage with a text kind that gives a context and a vector, as SDXL's does."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ldm.control import Control
@@ -13,7 +15,7 @@ from ldm.denoiser import Denoiser
 from ldm.models.sdxl_text import SDXLText, SDXLTextConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
-from ldm.registry import build
+from ldm.registry import ConfigError, build
 from ldm.schedule import Schedule
 from ldm.training.cache import LatentData
 from ldm.training.diffusion import DiffusionOptions, DiffusionStage
@@ -88,6 +90,17 @@ def test_cached_and_uncached_steps_are_equal() -> None:
     torch.testing.assert_close(calls[0].context, calls[1].context)
     torch.testing.assert_close(calls[0].vector, calls[1].vector)
     assert losses[0] > 0 and len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "options", [{"flip": True}, {"crop": "random"}, {"reference": {"same": "file", "itself": True, "crop": 0.5}}]
+)
+def test_what_is_augmented_is_not_cached(options: dict[str, Any], tmp_path: Path) -> None:
+    Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a cat")
+    data = build("data", {"name": "sidecar", "root": str(tmp_path), "size": SIZE, **options})
+    with pytest.raises(ConfigError, match=r"stage.cache is on, but data.flip, data.crop or data.reference asks for"):
+        stage(cache=True).cached(data, torch.device("cpu"))
 
 
 def test_validation_draws_with_both_towers() -> None:

@@ -66,8 +66,13 @@ def test_learning_rate_follows_a_cosine_to_zero() -> None:
     assert got == pytest.approx(expected, abs=1e-12)
 
 
+def test_step_decay_is_a_tenth_from_the_middle_on() -> None:
+    config = TrainConfig(lr=1.0, warmup=2, decay="step", steps=10)
+    assert [lr_at(s, config) for s in (0, 1, 4, 5, 9)] == [0.5, 1.0, 1.0, 0.1, 0.1]
+
+
 def test_unknown_decay_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"train\.decay is 'linear'; allowed: constant, cosine"):
+    with pytest.raises(ConfigError, match=r"train\.decay is 'linear'; allowed: constant, cosine, step"):
         lr_at(0, TrainConfig(decay="linear"))
 
 
