@@ -145,9 +145,23 @@ def _params(
     for key, value in params.items():
         hint = hints.get(key, Any)
         if not fits(value, hint):
-            wanted = hint.__name__ if inspect.isclass(hint) else str(hint).replace("collections.abc.", "")
-            raise ConfigError(f"{where}: {key} is {value!r}, must be {wanted}")
+            raise ConfigError(f"{where}: {key} is {value!r}, must be {_in_yaml(hint)}")
     return params
+
+
+def _in_yaml(hint: Any) -> str:
+    """An annotation in the words of YAML."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " | ".join(map(_in_yaml, arguments))
+    if origin is tuple:
+        several = arguments[1:] == (...,)
+        return f"a list of {_in_yaml(arguments[0])}" if several else f"[{', '.join(map(_in_yaml, arguments))}]"
+    if inspect.isclass(origin) and issubclass(origin, Mapping):
+        return "a mapping" if arguments[1] is Any else f"a mapping of names to {_in_yaml(arguments[1])}"
+    if hint is type(None):
+        return "null"
+    return hint.__name__ if inspect.isclass(hint) else str(hint)
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -58,8 +58,6 @@ class FolderOptions:
             raise DataError(f"data.crop is {self.crop!r}; allowed: {', '.join(CROPS)}{suggest(str(self.crop), CROPS)}")
         if not isinstance(self.max_bad, float | int) or not 0.0 <= self.max_bad <= 1.0:
             raise DataError(f"data.max_bad is {self.max_bad!r}; must be a share in [0, 1]")
-        if not isinstance(self.hints, Mapping) or not isinstance(self.where, Mapping):
-            raise DataError("data.hints and data.where must be mappings, e.g. hints: {lineart: lineart}")
 
     @property
     def pairing(self) -> Pairing | None:

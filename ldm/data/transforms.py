@@ -74,7 +74,7 @@ def resize(image: Image.Image, size: int, *, crop: str, hint: bool) -> Tensor:
 
 
 def varied(image: Tensor, least: float, flip: bool, generator: torch.Generator) -> Tensor:
-    """A random square of a square picture in [-1, 1], at the same size: from `least` of its side on; perhaps mirrored."""
+    """A random square of a square picture in [-1, 1], from `least` of its side on, at its size; perhaps mirrored."""
     size = image.shape[-1]
     side = round(size * (least + (1 - least) * float(torch.rand((), generator=generator))))
     part = draw_window(size, size, max(side, 1), crop="random", flip=flip, generator=generator).cut(image)

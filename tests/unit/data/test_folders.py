@@ -166,7 +166,7 @@ def test_hint_lying_on_its_side_is_an_error_when_read(folder_set, picture):
         ({"where": {"split": "test"}}, "matches none of the 4 images of .*; it has split: heldout, train"),
         ({"hints": {"x": "edge"}}, "names column 'edge'.*did you mean 'edges'"),
         ({"hints": {"x": {"name": "colour"}}}, "hint.name is 'colour'; registered: .*did you mean 'color'"),
-        ({"hints": ["edges"]}, "data.hints and data.where must be mappings"),
+        ({"hints": ["edges"]}, r"hints is \('edges',\), must be a mapping"),
         ({"size": 4}, "data.size is 4; must be a whole number of at least 8"),
         ({"size": "64"}, "size is '64', must be int"),
         ({"crop": "centre"}, "data.crop is 'centre'; allowed: center, random, none; did you mean 'center'"),
