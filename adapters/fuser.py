@@ -43,8 +43,6 @@ class FuserOptions:
         for name in ("depth", "heads"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"fuser.{name} is {value}, must be at least 1")
-        if not isinstance(self.tasks, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  (YAML may hold anything)
-            raise ConfigError(f"fuser.tasks is {self.tasks!r}, must be a mapping, e.g. {{lines: sketch}}")
         for adapter, task in self.tasks.items():
             if task is not None and task not in TASKS:
                 known = ", ".join(TASKS)

@@ -210,7 +210,7 @@ def test_tasks_follow_names_and_can_be_given_or_left_out() -> None:
         ({}, ("lines",), "fuser.tasks does not say what adapter 'lines' is; allowed: .*tasks: {lines: sketch}"),
         ({}, ("net",), "fuser has no adapter to fuse; adapters that can be: none"),
         ({"sketch": None}, ("sketch",), "fuser has no adapter to fuse; adapters that can be: sketch"),
-        (["sketch"], ("sketch",), "fuser.tasks is .*must be a mapping"),
+        (["sketch"], ("sketch",), "tasks is .*must be a mapping"),
     ],
 )
 def test_tasks_that_make_no_sense_are_one_line(tasks: Any, adapters: tuple[str, ...], message: str) -> None:
