@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -61,7 +62,12 @@ def read(path: Path) -> dict[str, Tensor]:
     try:
         found = load_file(path) if path.suffix == ".safetensors" else _flat(_unpickled(path))
     except (SafetensorError, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        if isinstance(error, pickle.UnpicklingError) and "nsupported" in str(error):  # a class or function, by name
+            raise ConfigError(
+                f"{path} holds more than tensors, which could run code, so nothing of it is loaded; look for the same "
+                "weights as .safetensors"
+            ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0][:120]
         size = path.stat().st_size
         raise ConfigError(
             f"{path} is not readable ({reason}); it has {size} bytes, compare that with the source: download it again"
@@ -73,7 +79,8 @@ def read(path: Path) -> dict[str, Tensor]:
 
 def _unpickled(path: Path) -> Any:
     if not zipfile.is_zipfile(path):  # damaged, or the format before PyTorch 1.6 cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of pickle's version
+            return torch.load(path, map_location="cpu", weights_only=True)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:

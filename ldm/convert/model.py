@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -210,6 +210,7 @@ def import_model(path: Path, out: Path, ema: bool = False) -> list[Path]:
     Raises: ConfigError as `read`; nothing is written then.
     """
     model = read([path], ema)
+    _refuse_existing([out / f"{name}.safetensors" for name in (*model.parts, files.EXTRAS)])
     if not model.parts:
         raise ConfigError(f"{path} holds no network; give a model file or a diffusers folder")
     written: list[Path] = []
@@ -238,6 +239,8 @@ def export(paths: Sequence[Path], layout: str, out: Path) -> list[Path]:
         raise ConfigError(f"layout is {layout!r}, must be one of {', '.join(LAYOUTS)}")
     if layout != "diffusers" and out.suffix != ".safetensors":
         raise ConfigError(f"--out is {out}, must end in .safetensors for layout {layout}")
+    folders = [out / folder for folder in files.FOLDERS] if layout == "diffusers" else []
+    _refuse_existing([*folders, *([] if folders else [out])])
     model = read(paths)
     if layout not in ADAPTERS and (odd := sorted({*files.ALONE} & model.parts.keys())):
         allowed = ", ".join(name for name, parts in ADAPTERS.items() if odd[0] in parts) or "no layout"
@@ -246,8 +249,8 @@ def export(paths: Sequence[Path], layout: str, out: Path) -> list[Path]:
         return _export_folder(model, out)
     wanted = set(ADAPTERS.get(layout, model.parts))
     if not wanted or wanted - model.parts.keys():
-        need = " and a ".join(ADAPTERS.get(layout, ("network",)))
-        raise ConfigError(f"layout {layout} needs a {need}; given: {', '.join(model.parts) or 'no network'}")
+        need = " and ".join(ADAPTERS.get(layout, ("network",)))
+        raise ConfigError(f"layout {layout} needs {need}; given: {', '.join(model.parts) or 'no network'}")
     tensors: dict[str, Tensor] = {}
     for component in sorted(wanted):
         tensors |= _published(model, component, layout)
@@ -255,6 +258,12 @@ def export(paths: Sequence[Path], layout: str, out: Path) -> list[Path]:
         tensors |= {key: value for key, value in model.extras.items() if "/" not in key}
     files.write(out, tensors, {})
     return [out]
+
+
+def _refuse_existing(paths: Iterable[Path]) -> None:
+    """Raise ConfigError where a file stands already."""
+    if there := next((path for path in paths if path.exists()), None):
+        raise ConfigError(f"{there} exists already, and nothing is overwritten; give --out a new name")
 
 
 def _published(model: Model, component: str, layout: str) -> dict[str, Tensor]:

@@ -180,7 +180,10 @@ def _check_models(sweep: Sweep, models: generate.Models) -> None:
     multiple = generate.multiple_of(models)
     if any(side % multiple for side in size):
         h, w = size
-        raise ConfigError(f"sample.height, width are {h}, {w}; must be multiples of {multiple} for these models")
+        near = ", ".join(str(max(round(side / multiple), 1) * multiple) for side in size)
+        raise ConfigError(
+            f"sample.height, width are {h}, {w}; must be multiples of {multiple} for these models, e.g. {near}"
+        )
     for job in sweep.plans:
         with naming(job.combination):
             job.text.check(models.text)
