@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm.convert import detect, files, infer
 from ldm.convert.detect import SECTIONS, Contents, Part
+from ldm.convert.diffusers_config import config_json
 from ldm.convert.infer import Config, UNetConfig
 from ldm.convert.keymap import grouped
 from ldm.convert.tables_seecoder import swin_buffers
@@ -229,7 +230,7 @@ def export(paths: Sequence[Path], layout: str, out: Path) -> list[Path]:
 
     Args:
         paths: files or folders in any layout, ours among them.
-        layout: one of LAYOUTS; "diffusers" writes a folder of weight files, the others one file.
+        layout: one of LAYOUTS; "diffusers" writes a folder of networks, each with its config.json, the others one file.
         out: file, or folder for "diffusers".
 
     Returns: the files written.
@@ -311,4 +312,6 @@ def _export_folder(model: Model, out: Path) -> list[Path]:
             name = "model.safetensors" if text else "diffusion_pytorch_model.safetensors"
             written.append(out / folder / name)
             files.write(written[-1], theirs, {})
+            words = config_json(config, sdxl="unet" in model.parts and _generation(model) == "sdxl")
+            (out / folder / "config.json").write_text(json.dumps(words, indent=1), encoding="utf-8")
     return written

@@ -112,6 +112,23 @@ def test_every_layout_round_trips_byte_for_byte(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", UNETS)
+def test_an_exported_folder_is_read_by_from_pretrained(name: str, tmp_path: Path) -> None:
+    states = write_folder(tmp_path / "theirs", name)
+    model.export([tmp_path / "theirs"], "diffusers", tmp_path / "again")
+    classes = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+    classes |= {"text_encoder": transformers.CLIPTextModel}
+    classes |= {"text_encoder_2": transformers.CLIPTextModelWithProjection}
+    for key, state in states.items():
+        folder = key.partition("/")[0]
+        read = classes[folder].from_pretrained(tmp_path / "again" / folder, torch_dtype="auto")
+        tensors = published(read.state_dict()) if folder.startswith("text") else read.state_dict()
+        assert tensors.keys() == state.keys() - {"text_model.embeddings.position_ids"}
+        assert all(torch.equal(tensors[k], state[k].to(tensors[k].dtype)) for k in tensors)
+        if folder == "vae":
+            assert read.config.scaling_factor == (0.13025 if name == "sdxl" else 0.18215)
+
+
+@pytest.mark.parametrize("name", UNETS)
 def test_original_unet_names_are_those_diffusers_reads(name: str) -> None:
     theirs = reference_unet(name)
     state = theirs.state_dict()
