@@ -115,14 +115,8 @@ class ImagePrompt(nn.Module):
 
         Raises: ValueError on features of another encoder.
         """
-        if features.ndim != 4 or features.shape[-1] != self.encoder.width:
-            raise ValueError(
-                f"image features are {tuple(features.shape)}, must be b m n {self.encoder.width} (m references, n "
-                "tokens): encode the references with this adapter's encoder"
-            )
-        m = features.shape[1]
-        tokens = self.proj(rearrange(features, "b m n d -> (b m) n d").to(next(self.proj.parameters()).dtype))
-        return rearrange(tokens, "(b m) n d -> b (m n) d", m=m)
+        tokens = self.proj(self.encoder.rows(features).to(next(self.proj.parameters()).dtype))
+        return rearrange(tokens, "(b m) n d -> b (m n) d", m=features.shape[1])
 
     def null(self, features: Tensor) -> Tensor:
         """What stands for no image, like `features`: a zero vector in "base", else the encoded zero image."""

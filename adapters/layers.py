@@ -130,6 +130,18 @@ class FrozenEncoder(nn.Module):
         features = self._encode(flat.to(images.dtype) * 2 - 1)
         return rearrange(features, "(b m) n d -> b m n d", m=images.shape[1])
 
+    def rows(self, features: Tensor) -> Tensor:
+        """Features b m n d of m references each, those of all pictures in one row: (b m) n d.
+
+        Raises: ValueError on features of another encoder.
+        """
+        if features.ndim != 4 or features.shape[-1] != self.width:
+            raise ValueError(
+                f"image features are {tuple(features.shape)}, must be b m n {self.width} (m references, n tokens): "
+                "encode the references with this adapter's encoder"
+            )
+        return rearrange(features, "b m n d -> (b m) n d")
+
     def stages(self, images: Tensor) -> tuple[Tensor, ...]:
         """Feature maps b m c h w of a Swin, finest first, of references b m 3 h w in [0, 1] of any size.
 

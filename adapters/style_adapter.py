@@ -104,13 +104,8 @@ class StyleAdapter(Adapter[StyleTokens]):
 
         Raises: ValueError on features of another encoder.
         """
-        if hint.ndim != 4 or hint.shape[-1] != self.encoder.width:
-            raise ValueError(
-                f"image features are {tuple(hint.shape)}, must be b m n {self.encoder.width} (m references, n tokens): "
-                "encode the references with this adapter's encoder"
-            )
+        x = self.encoder.rows(hint).to(self.queries.dtype)
         b, m, k = *hint.shape[:2], self.queries.shape[1]
-        x = rearrange(hint, "b m n d -> (b m) n d").to(self.queries.dtype)
         x = self.norm_in(torch.cat([x, self.queries.expand(b * m, -1, -1)], dim=1))
         for layer in self.layers:
             x = layer(x)

@@ -30,9 +30,9 @@ def config_json(config: Config, *, sdxl: bool = False) -> Mapping[str, Any]:
     if isinstance(config, VAEConfig):
         return _vae(config) | ({"scaling_factor": SDXL_SCALE} if sdxl else {})
     if isinstance(config, TextConfig):
-        return {"architectures": ["CLIPTextModel"]} | _text(config)
+        return _tower(config, "CLIPTextModel")
     if isinstance(config, ProjectedTextConfig):
-        return {"architectures": ["CLIPTextModelWithProjection"]} | _text(config.text) | {"projection_dim": config.dim}
+        return _tower(config.text, "CLIPTextModelWithProjection") | {"projection_dim": config.dim}
     return {}
 
 
@@ -72,17 +72,20 @@ def _vae(config: VAEConfig) -> dict[str, Any]:
     }
 
 
-def _text(config: TextConfig) -> dict[str, Any]:
-    words = config.vocab_size
+def _tower(config: TextConfig, name: str) -> dict[str, Any]:
+    last = config.vocab_size - 1
+    marks = {"bos_token_id": last - 1, "eos_token_id": last}
+    return {"architectures": [name], "model_type": "clip_text_model"} | text_words(config) | marks
+
+
+def text_words(config: TextConfig) -> dict[str, Any]:
+    """The shape of a text tower in the words of transformers' CLIPTextConfig."""
     return {
-        "model_type": "clip_text_model",
-        "vocab_size": words,
+        "vocab_size": config.vocab_size,
         "hidden_size": config.width,
         "intermediate_size": 4 * config.width,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
         "max_position_embeddings": config.context_length,
         "hidden_act": config.activation,
-        "bos_token_id": words - 2,
-        "eos_token_id": words - 1,
     }

@@ -12,6 +12,7 @@ from adapters.controlnet import ControlNet, ControlNetOptions
 from adapters.ip_adapter import IPAdapter, IPAdapterOptions
 from adapters.t2i_adapter import T2IAdapter, T2IAdapterOptions
 from ldm.convert import KeyMap, diffusers_controlnet, diffusers_unet, diffusers_vae, transformers_text
+from ldm.convert.diffusers_config import text_words
 from ldm.convert.ip_adapter import published
 from ldm.convert.tables_t2i import T2IConfig, diffusers_t2i
 from ldm.models.clip import ImageTower
@@ -201,19 +202,6 @@ def our_vae(scale: Scale, device: torch.device, theirs: nn.Module | None) -> VAE
     """Our VAE with their weights, or with random ones."""
     vae: VAE = _empty(lambda: VAE(scale.vae), torch.device("meta") if theirs else device)
     return _filled(vae, diffusers_vae(scale.vae), theirs) if theirs else randomise(vae)
-
-
-def text_words(config: TextConfig) -> dict[str, Any]:
-    """The shape of a text tower in the words of transformers' CLIPTextConfig."""
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": 4 * config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "max_position_embeddings": config.context_length,
-        "hidden_act": config.activation,
-    }
 
 
 def their_text(scale: Scale, device: torch.device) -> nn.Module:
