@@ -104,6 +104,7 @@ class FolderData(ImageData):
         self.options = options
         self._extractors = options.extractors
         self._pairing = options.pairing
+        self._side = (self._pairing.size if self._pairing else 0) or options.size  # of references
         self._total = len(entries)
         self._kept: dict[int, _Pixels] = {}
         self._prompts: dict[str, Tensor] = {}
@@ -154,8 +155,9 @@ class FolderData(ImageData):
         if not entry.references:
             return None
         path = entry.references[choose(len(entry.references), entry.key, generator)]
-        known = path == entry.image and self.options.oversize == 1  # decoded already
-        whole = to_image(_centred(pixels.image, self.options.size)) if known else self.reference(str(path))
+        o = self.options
+        known = path == entry.image and o.oversize == 1 and o.size == self._side  # decoded already
+        whole = to_image(_centred(pixels.image, self._side)) if known else self.reference(str(path))
         if generator is None or self._pairing is None or not self._pairing.augments:
             return whole
         return varied(whole, self._pairing.crop, self._pairing.flip, generator)
@@ -179,9 +181,9 @@ class FolderData(ImageData):
     def reference(self, name: str) -> Tensor:
         """See ImageData.reference. Raises: DataError if it cannot be read."""
         if (pixels := self._prompts.get(name)) is None:
-            o = self.options
-            pixels = _centred(resize(read_image(Path(name)), o.size, crop=o.crop, hint=False), o.size)
-            if o.memory:
+            pixels = resize(read_image(Path(name)), self._side, crop=self.options.crop, hint=False)
+            pixels = _centred(pixels, self._side)
+            if self.options.memory:
                 self._prompts[name] = pixels
         return to_image(pixels)
 

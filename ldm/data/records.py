@@ -59,6 +59,7 @@ class Pairing:
         itself: an image may be its own reference.
         flip: mirror half of the references in training, whether the image is mirrored or not.
         crop: in training, cut a random square out of the reference: the least part of its side, in (0, 1].
+        size: side of the references in pixels; 0 is that of the images.
     """
 
     same: str
@@ -66,6 +67,7 @@ class Pairing:
     itself: bool = False
     flip: bool = False
     crop: float = 1.0
+    size: int = 0
 
     @property
     def augments(self) -> bool:
@@ -75,6 +77,8 @@ class Pairing:
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:
             raise DataError(f"data.reference.crop is {self.crop}, must be in (0, 1], 1 keeps the whole reference")
+        if self.size < 0:
+            raise DataError(f"data.reference.size is {self.size}, must be at least 1, or 0 for the size of the images")
 
 
 def layout_of(root: Path) -> str:

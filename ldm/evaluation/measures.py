@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm import build
-from ldm.evaluation.colour import cell_means, lab
+from ldm.evaluation.colour import cell_means, lab, projections
 from ldm.evaluation.edges import edge_map
 from ldm.evaluation.fidelity import edge_f1
 from ldm.models.clip import ImageTower
@@ -91,6 +91,30 @@ class PaletteLab(Palette):
     def picture(self, images: Tensor) -> Tensor:
         """Mean colours b n 3, in Lab."""
         return lab(super().picture(images))
+
+
+@register("measure", "palette_reference")
+class PaletteReference(Measure):
+    """Distance of the colours of picture and reference, wherever they are: sliced Wasserstein-1 in CIE Lab.
+
+    Twice that, so that a shift of all colours by Delta E (CIE 1976) has about this distance.
+    """
+
+    more_is_better = False
+    image_prompt = True
+    SIDE: ClassVar = 32  # pixels that a picture is averaged to, so that sets have as many colours
+
+    def picture(self, images: Tensor) -> Tensor:
+        """Sorted projections b d n of the Lab colours."""
+        return projections(lab(cell_means(images, self.SIDE)))
+
+    def hint(self, hint: Tensor) -> Tensor:
+        """The same, of the first reference of each item."""
+        return self.picture(hint[:, 0])
+
+    def score(self, pictures: Tensor, hints: Tensor) -> Tensor:
+        """Distances b."""
+        return 2 * (pictures - hints).abs().mean(dim=(1, 2))
 
 
 @register("measure", "clip_i")

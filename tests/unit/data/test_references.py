@@ -66,6 +66,16 @@ def test_reference_may_be_itself_or_of_one_style_or_of_more_splits(tmp_path: Pat
     }
 
 
+@pytest.mark.parametrize("size", [8, 24])
+def test_references_may_have_a_size_of_their_own(tmp_path: Path, size: int) -> None:
+    data = folder(made(tmp_path), reference={"same": "file", "itself": True, "size": size})
+    sample = data[0]
+    assert sample.image.shape == (3, 16, 16) and sample.reference.shape == (3, size, size)
+    assert data.reference(data.references(sample.key)[0]).shape == (3, size, size)
+    with pytest.raises(DataError, match=r"data.reference.size is -1, must be at least 1, or 0"):
+        folder(tmp_path, reference={"same": "file", "itself": True, "size": -1})
+
+
 def test_references_alone_are_mirrored_and_cropped_in_training(tmp_path: Path) -> None:
     ramp = Image.linear_gradient("L").rotate(90).resize((16, 16))  # dark on the left or on the right
     ramp.convert("RGB").save(tmp_path / "a.png")

@@ -146,7 +146,7 @@ PROMPTED = sorted(p for p in (CONFIGS / "train").rglob("ip_adapter*.yaml") if p.
 def test_shipped_image_prompt_trainings_can_be_evaluated(path: Path) -> None:
     got = planned(file=path)
     measures = [] if got is None else list(got.measures["prompt"])
-    assert measures == (["clip_i"] if path.parent.name == "emoji" else [])
+    assert measures == (["clip_i", "palette_reference"] if path.parent.name == "emoji" else [])
 
 
 EVALUATE = sorted(p for p in (CONFIGS / "evaluate").rglob("*.yaml") if "adapters:" in p.read_text())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import adapters.hints  # noqa: F401  registers the extractors
 from ldm import registry
-from ldm.evaluation.colour import cell_means, lab
+from ldm.evaluation.colour import cell_means, lab, projections
 from ldm.evaluation.edges import edge_map
 from ldm.evaluation.fidelity import edge_f1
 from ldm.evaluation.measures import BY_HINT, ClipI, Measure, by_hint
@@ -62,6 +62,28 @@ def test_palette_sees_colour_and_not_what_is_drawn_inside_a_cell() -> None:
     checker = (torch.arange(16)[:, None] + torch.arange(16)) % 2
     grey = torch.full((1, 3, 16, 16), 0.5)
     assert scores(measure("palette"), checker.float().expand(1, 3, 16, 16), grey).item() == pytest.approx(0)
+
+
+def test_palette_of_a_reference_is_blind_to_place_and_counts_a_shift_as_its_delta_e() -> None:
+    m = measure("palette_reference")
+    reference = torch.rand(1, 3, 32, 32)
+    moved = reference.flip(-1).roll(5, dims=-2)
+    assert scores(m, moved, reference[:, None]).item() == pytest.approx(0, abs=1e-4)
+    greys = torch.tensor([0.2, 0.5]).view(2, 1, 1, 1).expand(2, 3, 40, 24)  # any size
+    shift = (lab(greys[1, :, 0, 0]) - lab(greys[0, :, 0, 0])).norm().item()
+    assert scores(m, greys[:1], greys[1:, None]).item() == pytest.approx(shift, rel=0.03)
+    assert m.image_prompt and not m.more_is_better
+
+
+def test_projections_give_the_wasserstein_distance_of_sets_along_each_axis() -> None:
+    a, b = torch.rand(2, 1, 50, 3, generator=torch.Generator().manual_seed(0))
+    along = projections(a, 400)
+    assert along.shape == (1, 400, 50) and (along.diff(dim=-1) >= 0).all()
+    shift = torch.tensor([3.0, -4.0, 0.0])
+    assert (projections(a + shift, 400) - along).abs().mean().item() == pytest.approx(2.5, rel=0.01)  # |d| / 2
+    same = a[:, torch.randperm(50)]
+    torch.testing.assert_close(projections(same), projections(a))
+    assert (projections(a) - projections(b)).abs().mean() > 0.01
 
 
 def test_edge_f1_is_that_of_the_edges_of_both() -> None:
