@@ -1,4 +1,4 @@
-"""Colours of pictures: mean colours of a coarse grid, CIE Lab, in which distance follows the eye, and sets of colours."""
+"""Colours of pictures: means of a coarse grid, CIE Lab, in which distance follows the eye, and sets of colours."""
 
 import math
 
