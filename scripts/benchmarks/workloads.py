@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from scripts.benchmarks import networks
+from scripts.benchmarks.references import seecoder_encoding
 from scripts.benchmarks.setting import Run, Setting, both, noise, ready
 from scripts.benchmarks.steps import ADAPTERS, PROMPT, denoising_step, picture
 from scripts.benchmarks.training import training_step
@@ -90,6 +91,7 @@ def _workloads() -> dict[str, Workload]:
         out[f"vae_encode_{dtype}"] = once(partial(autoencoder, decode=False))
         out[f"vae_decode_{dtype}"] = once(partial(autoencoder, decode=True))
         out[f"text_encode_{dtype}"] = once(text_encoding)
+        out[f"seecoder_encode_{dtype}"] = once(seecoder_encoding)
     for kind in ADAPTERS:
         train = partial(training_step, kind=kind)
         out[f"{kind}_train_bf16"] = Workload(train, "bf16", bar=0.85, tolerance=0.05, steps=True, trains=True)
