@@ -1,7 +1,7 @@
-"""Data sets. Importing this registers every reader: folder, sidecar, fill50k and synthetic."""
+"""Data sets. Importing this registers every reader: folder, sidecar, fill50k, webdataset, parquet and synthetic."""
 
-from ldm.data import folders, synthetic
+from ldm.data import folders, parquet, shards, synthetic
 from ldm.data.errors import DataError
 from ldm.data.images import Batch, ImageData, Sample, collate
 
-__all__ = ["Batch", "DataError", "ImageData", "Sample", "collate", "folders", "synthetic"]
+__all__ = ["Batch", "DataError", "ImageData", "Sample", "collate", "folders", "parquet", "shards", "synthetic"]

@@ -1,18 +1,34 @@
 """Image files to 8-bit RGB, converting only what is certain, and paths that stay inside their data folder."""
 
+import glob
+import io
 import struct
 import warnings
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Final, Protocol
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ldm.data.errors import DataError
 
 MAX_PIXELS: Final = 8192 * 8192  # larger files are refused before decoding: a small file can unpack to gigabytes
 SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # of SUFFIXES; Pillow hands others, EPS, to a program
 _DECODE_ERRORS: Final = (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error, zlib.error)
+
+
+class Source(Protocol):
+    """Where the bytes of a file are: a Path, a member of a tar, a cell of a table. Hashable; `str` is for messages."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        ...
+
+    def read_bytes(self) -> bytes:
+        """All of it. Raises: OSError when it cannot be read; DataError when there is nothing."""
+        ...
 
 
 def inside(root: Path, name: object, source: str) -> Path:
@@ -40,7 +56,26 @@ def pictures(path: Path) -> list[Path]:
     return sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def parts(root: str, suffix: str) -> tuple[Path, list[Path]]:
+    """The files that hold a data set cut in parts: (folder that they are below, files in order of name).
+
+    Args:
+        root: folder with them, one of them, or a pattern such as "data/train-*.parquet" or "data/**/*.tar".
+        suffix: which files of a folder count, e.g. ".tar".
+
+    Raises: DataError when there are none.
+    """
+    base = Path(root)
+    pattern = f"{glob.escape(root)}/*{suffix}" if base.is_dir() else root
+    while not base.is_dir() and base != base.parent:
+        base = base.parent
+    found = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
+    if not found:
+        raise DataError(f"data.root {root} has no {suffix} files; give their folder, one file, or a pattern with *")
+    return base, found
+
+
+def image_size(path: Source) -> tuple[int, int]:
     """(width, height) from the header alone; EXIF orientation may still swap the two.
 
     Raises: DataError when the file is missing, not an image or too large.
@@ -49,7 +84,7 @@ def image_size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def read_image(path: Path, *, hint: bool = False) -> Image.Image:
+def read_image(path: Source, *, hint: bool = False) -> Image.Image:
     """Decode a file to 8-bit RGB.
 
     Grey, palette, CMYK, 16-bit grey and EXIF-rotated files are converted. Transparent parts become white in an image
@@ -69,11 +104,16 @@ def read_image(path: Path, *, hint: bool = False) -> Image.Image:
             raise DataError(f"{path} cannot be decoded ({error}); replace or remove it") from error
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Source) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
+            file, formats = (path, None) if isinstance(path, Path) else (io.BytesIO(path.read_bytes()), _FORMATS)
+            image = Image.open(file, formats=formats)
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        raise DataError(f"{path} is not a readable image (unknown format); replace or remove it") from None
     except FileNotFoundError:
         raise DataError(f"{path} is missing; restore it or remove its entry") from None
     except Image.DecompressionBombError:
@@ -87,7 +127,7 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
-def _to_rgb(image: Image.Image, path: Path, background: tuple[int, int, int]) -> Image.Image:
+def _to_rgb(image: Image.Image, path: Source, background: tuple[int, int, int]) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _scaled(image, path).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -96,7 +136,7 @@ def _to_rgb(image: Image.Image, path: Path, background: tuple[int, int, int]) ->
     return image.convert("RGB")
 
 
-def _scaled(image: Image.Image, path: Path) -> Image.Image:
+def _scaled(image: Image.Image, path: Source) -> Image.Image:
     """16-bit grey (0..65535) or float grey (0..1) to 8 bits."""
     low, high = (float(v) for v in image.convert("F").getextrema())  # pyright: ignore[reportArgumentType]
     top = 1.0 if image.mode == "F" else 65535.0

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 METADATA: Final = "metadata.jsonl"
 PROMPTS: Final = "prompt.json"
 _HELDOUT_SHARE: Final = 0.02
+_SHOWN: Final = 8  # values of a column that a message lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,20 +112,49 @@ def read_records(root: Path, layout: str, skip: tuple[str, ...] = ()) -> list[Re
     return rows
 
 
+class Filter:
+    """Says of one row after another whether its columns have the wanted value, or one of the wanted values."""
+
+    def __init__(self, where: Mapping[str, Any]) -> None:
+        self.where = where
+        self._wanted = {name: v if isinstance(v, tuple | list) else (v,) for name, v in where.items()}
+        self._columns: set[str] = set()
+        self._seen: dict[str, set[str]] = {name: set() for name in where}
+        self.rows = self._kept = 0
+
+    def __call__(self, columns: Mapping[str, Any]) -> bool:
+        """Whether a row with these columns is wanted."""
+        self.rows += 1
+        self._columns.update(columns)
+        for name, seen in self._seen.items():
+            if len(seen) < _SHOWN:
+                seen.add(str(columns.get(name)))
+        keep = all(columns.get(name) in values for name, values in self._wanted.items())
+        self._kept += keep
+        return keep
+
+    def check(self, root: object) -> None:
+        """After the last row. Raises: DataError if a column was in none of them, or none was wanted."""
+        columns = sorted(self._columns)
+        for name in self.where:
+            if name not in columns:
+                listed = f"{', '.join(columns)}{suggest(name, columns)}"
+                raise DataError(f"data.where has column {name!r}; {root} has {listed}")
+        if not self._kept:
+            seen = "; ".join(f"{name}: {', '.join(sorted(values))}" for name, values in self._seen.items())
+            raise DataError(
+                f"data.where {dict(self.where)} matches none of the {self.rows} images of {root}; it has {seen}"
+            )
+
+
 def select(rows: list[Record], where: Mapping[str, Any], root: Path) -> list[Record]:
     """Rows whose columns have the wanted value, or one of the wanted values.
 
     Raises: DataError on an unknown column, or when nothing is left.
     """
-    columns = sorted({name for row in rows for name in row.columns})
-    for name in where:
-        if name not in columns:
-            raise DataError(f"data.where has column {name!r}; {root} has {', '.join(columns)}{suggest(name, columns)}")
-    wanted = {name: value if isinstance(value, tuple | list) else (value,) for name, value in where.items()}
-    left = [row for row in rows if all(row.columns.get(name) in values for name, values in wanted.items())]
-    if not left:
-        seen = "; ".join(f"{n}: {', '.join(sorted({str(r.columns.get(n)) for r in rows})[:8])}" for n in wanted)
-        raise DataError(f"data.where {dict(where)} matches none of the {len(rows)} images of {root}; it has {seen}")
+    keep = Filter(where)
+    left = [row for row in rows if keep(row.columns)]
+    keep.check(root)
     return left
 
 
@@ -169,7 +199,7 @@ def _folder(root: Path) -> list[Record]:
 
 def _fill50k(root: Path) -> list[Record]:
     rows = [_record(root, source, row, file="target", text="prompt") for source, row in _json_lines(root / PROMPTS)]
-    return [row.with_column("split", _split(row.file)) for row in rows]
+    return [row.with_column("split", split_by_hash(row.file)) for row in rows]
 
 
 def _record(root: Path, source: str, row: dict[str, Any], *, file: str, text: str) -> Record:
@@ -196,7 +226,7 @@ def sidecar_rows(root: Path) -> list[Record]:
         file = path.relative_to(root).as_posix()
         sidecar = path.with_suffix(".txt")
         text = _read_text(sidecar).strip() if sidecar.is_file() else None
-        rows.append(Record(sidecar.name, file, text, {"file": file, "text": text, "split": _split(file)}))
+        rows.append(Record(sidecar.name, file, text, {"file": file, "text": text, "split": split_by_hash(file)}))
     return rows
 
 
@@ -229,6 +259,7 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path} cannot be read as UTF-8 text ({error})") from error
 
 
-def _split(file: str) -> str:
+def split_by_hash(file: str) -> str:
+    """Give a fixed 2 % of all names the split "heldout", the others "train"."""
     share = int.from_bytes(hashlib.sha256(f"file:{file}".encode()).digest()[:8], "big") / 2.0**64
     return "heldout" if share < _HELDOUT_SHARE else "train"

@@ -1,4 +1,6 @@
+import io
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,3 +43,22 @@ def folder_set(tmp_path: Path, picture) -> Maker:
 
 def write_rows(root: Path, rows: list[dict], name: str = "metadata.jsonl") -> None:
     (root / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def picture_bytes(left=(255, 0, 0), right=(0, 0, 255), size=(24, 24), kind="png") -> bytes:
+    """A small file whose left half is `left` and whose right half is `right`."""
+    image = Image.new("RGB", size, right)
+    image.paste(left, (0, 0, size[0] // 2, size[1]))
+    image.save(file := io.BytesIO(), kind)
+    return file.getvalue()
+
+
+def write_tar(path: Path, files: list[tuple[str, bytes]], layout: int = tarfile.PAX_FORMAT) -> Path:
+    """A tar as webdataset's writer makes it: Python's tarfile, with fractions of seconds in a pax header each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=layout) as tar:
+        for name, data in files:
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), 1.5
+            tar.addfile(info, io.BytesIO(data))
+    return path
