@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
 import re
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from ldm import config_yaml
 from ldm.registry import ConfigError, fits, suggest
 
 Node = dict[str, Any]  # {name: <registered>, ...options}; checked by registry.build
+Parse = Callable[[str | bytes, str], Any]  # YAML and where it stands -> value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,7 @@ class TrainConfig:
     precision: str = "bf16"  # fp32 | bf16 | fp16 (autocast)
     ema: float | None = None  # EMA decay of the exported weights; null = off
     trainable: tuple[str, ...] = ("*",)  # patterns over parameter names, which --dry-run groups (adapters.*, unet.*)
+    shard: str = "none"  # none | optimizer | full: what ranks share out (FSDP2), docs/training-at-scale.md
     checkpoint_activations: bool = False  # recompute UNet blocks in backward: less memory, more time
     workers: int = 0  # data-loading processes per rank
     threads: int | None = None  # torch CPU threads per rank; null = torch's default
@@ -177,8 +180,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         ("checkpoint.every", "log.every", "validation.every", "validation.items", "validation.images"), (1, math.inf)
     ),
-    **dict.fromkeys(("sample.height", "sample.width", "sample.batch", "sample.tile"), (1, math.inf)),
-    "sample.clip_skip": (1, math.inf),
+    **{f"sample.{key}": (1, math.inf) for key in ("height", "width", "batch", "tile", "clip_skip")},
     **dict.fromkeys(("train.lr", "train.warmup", "train.weight_decay", "train.clip", "train.workers"), (0, math.inf)),
     **dict.fromkeys(("seed", "checkpoint.keep_last"), (0, math.inf)),
     **dict.fromkeys(("train.betas", "train.ema"), (0, 1)),
@@ -190,6 +192,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "sample.precision": _PRECISIONS,
     "sample.long_prompts": ("cut", "chunks"),
     "train.decay": ("constant", "cosine", "step"),
+    "train.shard": ("none", "optimizer", "full"),
     "log.wandb": ("disabled", "offline", "online"),
     "model.objective": ("eps", "v", "x0"),
 }
@@ -205,13 +208,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises: ConfigError, in one line, on a missing file, bad YAML, an unknown key or a wrong type.
     """
-    merged = _read(Path(path), ())
+    return from_mapping(merged(path, overrides, config_yaml.parse), source=str(path))
+
+
+def merged(path: str | Path, overrides: Sequence[str], parse: Parse) -> Node:
+    """What `load` validates. `parse` makes values of a file's bytes or of an override's text."""
+    result = _read(Path(path), (), parse)
     for item in overrides:
         key, sign, value = item.partition("=")
         if not sign or not key:
             raise ConfigError(f"argument {item!r} is not key=value; write e.g. train.steps=100")
-        merged = _over(merged, _nested(key, _parse(value, f"argument {item!r}")))
-    return from_mapping(merged, source=str(path))
+        result = _over(result, _nested(key, parse(value, f"argument {item!r}")))
+    return result
 
 
 def from_mapping(node: Node, source: str = "config") -> RunConfig:
@@ -246,31 +254,32 @@ def dump(config: RunConfig) -> str:
 
 
 def parser(description: str, *, dry_run: bool = True) -> argparse.ArgumentParser:
-    """The flags every script shares: --config, key=value, --print-config and, where it makes sense, --dry-run."""
+    """What every script takes: --config, key=value, --print-config, --explain; --dry-run where it makes sense."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--config", metavar="FILE", help="YAML file under configs/")
     result.add_argument("overrides", nargs="*", metavar="key=value", help="override any key, e.g. train.steps=100")
     if dry_run:
         result.add_argument("--dry-run", action="store_true", help="build without memory, print counts, stop")
     result.add_argument("--print-config", action="store_true", help="print the resolved config, stop")
+    result.add_argument("--explain", action="store_true", help="print where each value of the config is set, stop")
     return result
 
 
-def _read(path: Path, parents: tuple[Path, ...]) -> Node:
+def _read(path: Path, parents: tuple[Path, ...], parse: Parse) -> Node:
     path = path.resolve()
     if path in parents:
         raise ConfigError(f"{path}: includes itself through {' -> '.join(p.name for p in parents)}; break the circle")
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise ConfigError(f"config file {path} does not exist{suggest(path.name, siblings)}")
-    parsed: Any = _parse(path.read_bytes(), str(path)) or {}
+    parsed: Any = parse(path.read_bytes(), str(path)) or {}
     if not isinstance(parsed, dict):
         raise ConfigError(f"{path}: top level is {type(parsed).__name__}, must be a mapping of keys")
     node = cast("Node", parsed)
     includes: Any = node.pop("include", [])
     if not isinstance(includes, list):
         raise ConfigError(f"{path}: include is {includes!r}, must be a list of files")
-    parts = [_read(path.parent / str(item), (*parents, path)) for item in cast("list[Any]", includes)]
+    parts = [_read(path.parent / str(item), (*parents, path), parse) for item in cast("list[Any]", includes)]
     return functools.reduce(_over, [*parts, node], {})
 
 
@@ -278,36 +287,12 @@ def _over(base: Node, above: Node) -> Node:
     """`above` wins key by key. A node that names another class replaces the whole node: their options differ."""
     if "name" in base and base["name"] != above.get("name", base["name"]):
         return above
-    merged = dict(base)
+    result = copy.copy(base)
     for key, value in above.items():
         old = base.get(key)
         both = isinstance(old, dict) and isinstance(value, dict)
-        merged[key] = _over(cast("Node", old), cast("Node", value)) if both else value
-    return merged
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants a dot) and refuses duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [k.value for k, _ in node.value]
-        if twice := sorted({k for k in keys if keys.count(k) > 1}):
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]  (types-PyYAML leaves it bare)
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def _parse(text: str | bytes, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+        result[key] = _over(cast("Node", old), cast("Node", value)) if both else value
+    return result
 
 
 def _nested(key: str, value: Any) -> Node:

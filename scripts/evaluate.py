@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import config
+from ldm import config, explain
 from ldm.registry import ConfigError
 
 
@@ -23,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         cfg = config.load(args.config, args.overrides)
         if args.print_config:
             print(config.dump(cfg), end="")
+            return
+        if args.explain:
+            print(explain.explain(args.config, args.overrides))
             return
         import adapters  # noqa: F401  registers them; slow to import, not needed for --help
         import ldm.training.run  # noqa: F401  registers the stages

@@ -1,7 +1,7 @@
 """Draw images: prompts and seeds to PNG files, a grid and records.
 
 python scripts/sample.py                                    the shipped emoji models
-python scripts/sample.py --config configs/sample/tiny/ldm.yaml [key=value ...] [--dry-run] [--print-config]
+python scripts/sample.py --config configs/sample/tiny/ldm.yaml [key=value ...] [--dry-run] [--print-config] [--explain]
 python scripts/sample.py --run runs/tiny/ldm sample.prompts='a red circle' sample.seeds=0-15
 torchrun --nproc_per_node 2 scripts/sample.py ...           prompts and seeds are split over the ranks
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import config
+from ldm import config, explain
 from ldm.registry import ConfigError
 
 DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "sample" / "emoji" / "ldm.yaml"
@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         cfg = config.load(path, overrides)
         if args.print_config:
             print(config.dump(cfg), end="")
+            return
+        if args.explain:
+            print(explain.explain(path, overrides))
             return
         import adapters  # noqa: F401  registers them; slow to import, not needed for --help
         from ldm.sampling import run

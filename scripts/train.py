@@ -1,6 +1,6 @@
 """Train a VAE, a CLIP, a latent diffusion model or adapters from one YAML file.
 
-python scripts/train.py --config configs/train/tiny/ldm.yaml [key=value ...] [--dry-run] [--print-config]
+python scripts/train.py --config configs/train/tiny/ldm.yaml [key=value ...] [--dry-run] [--print-config] [--explain]
 torchrun --nproc_per_node 2 scripts/train.py --config ...
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import config
+from ldm import config, explain
 from ldm.registry import ConfigError
 
 
@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         cfg = config.load(args.config, args.overrides)
         if args.print_config:
             print(config.dump(cfg), end="")
+            return
+        if args.explain:
+            print(explain.explain(args.config, args.overrides))
             return
         if cfg.grid:
             raise ConfigError(f"grid is for sampling; it has {', '.join(cfg.grid)}: drop it, or use scripts/sample.py")

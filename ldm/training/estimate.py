@@ -1,45 +1,54 @@
 """What a run would need, before it needs it: parameter counts and training memory, without allocating either.
 
-Models are built on the meta device. Activations are counted by running the stage's own forward on fake tensors, which
-have shapes, types and devices but no data, and adding up what autograd keeps for backward.
+Models are built on the meta device. Then the run is replayed on fake tensors, which have shapes, types and devices but
+no data: the data set is encoded, one optimizer step taken and a checkpoint copied, by the code that does so in a run,
+and the storages that are alive are added up all along. docs/memory.md says what that leaves out.
 """
 
+import contextlib
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import dataclasses
+import io
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data import Dataset
 
 from ldm import build, registry
 from ldm.config import RunConfig
-from ldm.data.images import Batch
+from ldm.data.images import ImageData, Sample, collate
 from ldm.precision import DTYPES, autocast
 from ldm.registry import ConfigError
-from ldm.training import clip, diffusion, optim, stream, vae  # noqa: F401  (stages register on import)
-from ldm.training.draws import Draws
+from ldm.training import cache, clip, diffusion, loop, optim, stream, vae  # noqa: F401  (stages register on import)
+from ldm.training.distributed import Rank, pick_device
+from ldm.training.ema import EMA
 from ldm.training.stage import Stage, choose_trainable, networks, store_frozen
+from ldm.training.state import State
+from ldm.training.tracking import Tracker, gradients_as, tensors
 
 MIB = 2**20
 CAPTION = "a photo"  # text encoders pad, so every caption costs the same
+FLOAT = 4  # bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on one device at the end of a forward pass, when most of them are held at once."""
+    """Bytes alive on one device at one moment."""
 
-    weights: int  # trained and frozen as the run stores them; buffers too
-    gradients: int  # of the trained weights
-    adamw_state: int  # two moments of the trained weights
-    ema: int  # averaged copy of the trained weights
-    activations: int  # kept for backward, casts of weights under autocast included
+    weights: int = 0  # trained and frozen as the run stores them; buffers too
+    gradients: int = 0  # those that are there at that moment
+    optimizer: int = 0  # AdamW: two moments of the trained weights
+    ema: int = 0  # averaged copy of the trained weights
+    data: int = 0  # batches of the step; encoded data set (stage.cache), if the device is the CPU
+    activations: int = 0  # everything else: kept for backward, passing through, casts of weights under autocast
 
     @property
     def total(self) -> int:
         """Their sum."""
-        return self.weights + self.gradients + self.adamw_state + self.ema + self.activations
+        return sum(dataclasses.astuple(self))
 
 
 def dry_run(config: RunConfig) -> str:
@@ -52,12 +61,16 @@ def dry_run(config: RunConfig) -> str:
     """
     stage = meta_stage(config)
     micro, accumulation = stream.split_batch(config.train, 1)
-    memory = estimate(config, stage)
     title = f"memory of one device, {config.train.precision}, {micro} images per forward, accumulation {accumulation}"
-    rows = {name.replace("_", " "): getattr(memory, name) for name in (*Memory.__slots__, "total")}
-    lines = [f"{name:<24}{size / MIB:>12,.0f} MiB" for name, size in rows.items()]
-    note = "on top: workspace of the kernels, the block being recomputed, the allocator's reserve, validation"
-    return "\n".join([optim.table(nn.ModuleDict(networks(stage))), "", title, *lines, note])
+    peaks = estimate(config, stage)
+    rows = [("MiB at the peak of", *peaks)]
+    for name in (*(f.name for f in dataclasses.fields(Memory)), "total"):
+        rows.append((name, *(f"{getattr(m, name) / MIB:,.0f}" for m in peaks.values())))
+    lines = [f"{name:<24}" + "".join(f"{cell:>12}" for cell in cells) for name, *cells in rows]
+    lines.append("on top: python and its libraries, workspace of the kernels, the allocator's reserve, validation")
+    if peaks["encoding"].total and _length(config) is None:
+        lines.append("and the encoded data set (stage.cache), whose size is not known: the data is not there")
+    return "\n".join([optim.table(nn.ModuleDict(networks(stage))), "", title, *lines])
 
 
 def meta_stage(config: RunConfig) -> Stage:
@@ -69,91 +82,148 @@ def meta_stage(config: RunConfig) -> Stage:
     return stage
 
 
-def estimate(config: RunConfig, stage: Stage) -> Memory:
-    """Training memory of a meta stage. Raises: ConfigError if the data does not fit the models."""
-    held = nn.ModuleDict(networks(stage))  # counts what several adapters share once
-    trained = _bytes(p for p in stage.parameters() if p.requires_grad)
-    averaged = _bytes(p for p in stage.trained.parameters() if p.requires_grad)
-    return Memory(
-        weights=_bytes([*held.parameters(), *held.buffers()]),
-        gradients=trained,
-        adamw_state=2 * trained,
-        ema=averaged if config.train.ema else 0,
-        activations=fake_activations(config, stage),
-    )
+def estimate(config: RunConfig, stage: Stage, world: int = 1) -> dict[str, Memory]:
+    """Memory of a meta stage at the peaks of a run's parts: loading, encoding (if it caches), step, checkpoint.
 
+    Args:
+        config: of the run.
+        stage: of `meta_stage`; it is left as it is.
+        world: number of ranks that share the batch.
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def fake_activations(config: RunConfig, stage: Stage) -> int:
-    """Bytes kept for backward by one forward of a meta stage: of the player that keeps most, if there are several.
-
-    Counted for the CPU's kernels where there is no GPU. CUDA's autocast keeps the outputs of norms and softmax in
-    float32, which adds some.
+    Raises: ConfigError if the data does not fit the models.
     """
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
+    device = pick_device(config.device if torch.cuda.is_available() else "cpu")
+    micro, accumulation = stream.split_batch(config.train, world)
+    length = _length(config) or 0
+    data = Blanks(config, min(length or cache.ENCODE_BATCH, cache.ENCODE_BATCH))
+    loading = Memory(weights=sum(FLOAT * t.numel() for t in _held(stage)))
     stage = copy.deepcopy(stage)
     stage.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (as ldm.training.run does)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # the noise schedule's tables are real
-        stage = stage.to_empty(device=device).train()
-        batch = blank_batch(config, device)
+    with FakeTensorMode(allow_non_fake_inputs=True), Tracker(device, "activations") as tracker:  # tables are real
+        replay = _Replay(config, stage.to_empty(device=device).train(), tracker)
         try:
-            return max(kept_for_backward(config, stage, batch, player) for player in stage.players)
+            source, encoded, encoding = replay.encode(data, length)
+            step = replay.step(source, micro, accumulation)
         except ConfigError:
             raise
         except ValueError as error:  # a model's own check of its input
             raise ConfigError(f"data and models of this config do not fit: {error}") from error
+        kept = [dataclasses.replace(m, data=m.data + encoded) for m in (step, replay.checkpoint())]
+    return {"loading": loading, "encoding": encoding, "step": kept[0], "checkpoint": kept[1]}
 
 
-def blank_batch(config: RunConfig, device: torch.device | str = "cpu") -> Batch:
-    """A micro-batch of zeros with the sizes and hints of the config's data, which need not exist.
+class Blanks(ImageData):
+    """Black pictures with the sizes, hints and options of a config's data, which need not exist. No caption twice."""
 
-    Raises: ConfigError if the data node is missing or wrong.
-    """
-    if config.data is None:
-        raise ConfigError("data is not set; include one of configs/data/*.yaml")
-    options = registry.options("data", config.data)
-    b, _ = stream.split_batch(config.train, 1)
-    zeros = torch.zeros(b, 3, options.size, options.size, device=device)
-    return Batch(
-        keys=[str(i) for i in range(b)],
-        image=zeros,
-        text=[CAPTION] * b,
-        hints={name: torch.zeros_like(zeros) for name in options.hints},
-        reference=torch.zeros_like(zeros) if options.reference else None,
-    )
+    def __init__(self, config: RunConfig, length: int) -> None:
+        """Raises: ConfigError if the data node is missing or wrong."""
+        if config.data is None:
+            raise ConfigError("data is not set; include one of configs/data/*.yaml")
+        self.options: Any = registry.options("data", config.data)
+        zeros = torch.zeros(3, self.options.size, self.options.size)
+        hints, reference = dict.fromkeys(self.options.hints, zeros), zeros if self.options.reference else None
+        self.samples = [Sample(str(i), zeros, f"{CAPTION} {i}", hints, reference) for i in range(length)]
 
+    def __len__(self) -> int:
+        return len(self.samples)
 
-def kept_for_backward(config: RunConfig, stage: Stage, batch: Batch, player: str = "model") -> int:
-    """Bytes of distinct storages that autograd keeps after the stage's forward; parameters and buffers excepted.
+    def load(self, index: int, generator: torch.Generator | None = None) -> Sample:
+        """See ImageData.load."""
+        return self.samples[index]
 
-    Works on fake and on real tensors. The step is the run's last, when every term of the loss is in play.
-    """
-    device = batch.image.device
-    draws = Draws(config.seed, range(len(batch.keys)), device)
-    with _saved_storages() as sizes, autocast(config.train.precision, device):
-        loss = stage(batch, draws, player, config.train.steps - 1)
-        own = {_address(t) for t in [*stage.parameters(), *stage.buffers()]}
-        kept = sum(storage.nbytes() for address, storage in sizes.items() if address not in own)
-    del loss  # until here its graph holds every storage, so no address is used twice
-    return kept
+    def references(self, key: str) -> tuple[str, ...]:
+        """See ImageData.references: each is its own."""
+        return (key,) if self.options.reference else ()
+
+    def reference(self, name: str) -> Tensor:
+        """See ImageData.reference."""
+        return self.samples[int(name)].image
 
 
-@contextmanager
-def _saved_storages() -> Iterator[dict[int, torch.UntypedStorage]]:
-    """Storages of the tensors that operations inside the block save for backward, by address."""
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storages[_address(x)] = x.untyped_storage()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        yield storages
+def _length(config: RunConfig) -> int | None:
+    """Of the data; None if it is not there."""
+    try:
+        return len(build.data(config.data))
+    except ConfigError:
+        return None
 
 
-def _address(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
+class _Replay:
+    """A run on fake tensors, part by part."""
+
+    def __init__(self, config: RunConfig, stage: Stage, tracker: Tracker) -> None:
+        self.config = config
+        self.stage = stage
+        self.tracker = tracker
+        self.rank = Rank(0, 1, tracker.device)
+        tracker.assign("weights", _held(stage))
+        parameters = {
+            player: {name: p for name, p in module.named_parameters() if p.requires_grad}
+            for player, module in stage.players.items()
+        }
+        self.state = State(
+            optimizers={player: optim.adamw(ps.values(), config.train) for player, ps in parameters.items()},
+            parameters=parameters,
+            ema=EMA(stage.trained, config.train.ema) if config.train.ema else None,
+            scaler=torch.amp.GradScaler(tracker.device.type, enabled=False),
+            step=config.train.steps - 1,  # the last, when every term of the loss is in play
+        )
+        tracker.assign("ema", [] if self.state.ema is None else self.state.ema.weights.values())
+
+    def encode(self, data: ImageData, length: int) -> tuple[Dataset[Any], int, Memory]:
+        """The stage's input, encoded if it asks for that; bytes of an encoded set of `length`; the peak of encoding."""
+        self.tracker.start()
+        with autocast(self.config.train.precision, self.rank.device), contextlib.redirect_stderr(io.StringIO()):
+            source = self.stage.cached(data, self.rank.device)  # stderr: its progress bar
+        if source is data:
+            return source, 0, Memory()
+        encoding = self._peak()
+        self.tracker.assign("data", tensors(vars(source)))
+        encoded = self.tracker.alive.get("data", 0) * length // len(data)  # pyright: ignore[reportArgumentType]
+        joining = dataclasses.replace(encoding, activations=encoded)  # its parts and the whole
+        peak = max(encoding, joining, key=lambda memory: memory.total)
+        return source, encoded, dataclasses.replace(peak, data=encoded)
+
+    def step(self, source: Any, micro: int, accumulation: int) -> Memory:
+        """Peak of an optimizer step, not the first: the optimizer's moments are there."""
+        for optimizer in self.state.optimizers.values():
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.tracker.assign("optimizer", tensors([*optimizer.state.values()]))
+        gather, n = getattr(source, "collate", collate), len(source)
+        micro_batches: list[tuple[list[int], Any]] = []
+        for first in range(min(2, accumulation)):  # from the second on, each finds the gradients of those before it
+            rows = list(range(first * micro, (first + 1) * micro))
+            micro_batches.append((rows, gather([source.load(i % n) for i in rows]).to(self.rank.device)))
+        before = self.tracker.alive.get("data", 0)
+        self.tracker.assign("data", tensors([_fields(batch) for _, batch in micro_batches]))
+        read = self.tracker.alive.get("data", 0) - before
+        self.tracker.start()
+        parameters = [p for ps in self.state.parameters.values() for p in ps.values()]
+        with gradients_as(self.tracker, "gradients", parameters):
+            loop._step(self.stage, self.state, micro_batches, self.config, self.rank)
+        peak = self._peak()
+        return dataclasses.replace(peak, data=read * accumulation // len(micro_batches))
+
+    def checkpoint(self) -> Memory:
+        """Peak of copying what a checkpoint holds, behind a step: its gradients are there."""
+        self.tracker.start()
+        with self.state.ema.swapped() if self.state.ema else contextlib.nullcontext():
+            copies = [v.clone() for m in self.stage.exports().values() for v in m.state_dict().values()]
+        del copies
+        return dataclasses.replace(self._peak(), data=0)
+
+    def _peak(self) -> Memory:
+        return Memory(**self.tracker.peak)
+
+
+def _held(stage: Stage) -> list[Tensor]:
+    """Parameters and buffers of all its models; what several adapters share is there once."""
+    held = nn.ModuleDict(networks(stage))
+    return [*held.parameters(), *held.buffers()]
+
+
+def _fields(batch: Any) -> list[Any]:
+    return [getattr(batch, field.name) for field in dataclasses.fields(batch)]

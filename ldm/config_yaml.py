@@ -1,0 +1,36 @@
+"""YAML as configs are written in it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from ldm.registry import ConfigError
+
+
+class Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants a dot) and refuses duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As YAML says. Raises: ConstructorError on a key that is given twice."""
+        keys = [k.value for k, _ in node.value]
+        if twice := sorted({k for k in keys if keys.count(k) > 1}):
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]  (types-PyYAML leaves it bare)
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def parse(text: str | bytes, where: str) -> Any:
+    """Plain values of YAML text that stands in `where`. Raises: ConfigError, in one line, if it is not YAML."""
+    try:
+        return yaml.load(text, Loader=Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
