@@ -139,6 +139,11 @@ class ControlNet(Adapter[Prepared]):
         self.zero_convs = _zero_convs([] if options.middle_only else [tap.channels for tap in spec.skips], init)
         self.zero_mid = _zero_convs([spec.mid.channels], init)[0]
 
+    @property
+    def zero_layers(self) -> tuple[nn.Module, ...]:
+        """The zero convolutions, that of the hint first."""
+        return (self.hint.convs[-1], *self.zero_convs, self.zero_mid)
+
     def prepare(self, hint: Tensor) -> Prepared:
         """Hint b c h w in [0, 1] (lines white on black) -> features at latent size."""
         return Prepared(self.hint(hint))
@@ -186,6 +191,11 @@ class ControlNetLite(Adapter[Control]):
         )
         self.zero_convs = _zero_convs([tap.channels for tap in taps], init)
         self.zero_mid = _zero_convs([unet.spec.mid.channels], init)[0]
+
+    @property
+    def zero_layers(self) -> tuple[nn.Module, ...]:
+        """The zero convolutions, that of the hint first."""
+        return (self.hint.convs[-1], *self.zero_convs, self.zero_mid)
 
     def prepare(self, hint: Tensor) -> Control:
         """Hint b c h w in [0, 1] -> the whole Control: nothing here depends on x_t or t."""

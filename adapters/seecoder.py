@@ -278,6 +278,12 @@ class SeeCoder(Adapter[Control]):
         """The backbone."""
         return (self.encoder.tower,)
 
+    @property
+    def zero_layers(self) -> tuple[nn.Module, ...]:
+        """The last one of the position code, where there is one."""
+        position = self.query_transformer.position
+        return () if position is None else (position.mlp[-1],)
+
     def encode(self, hint: Tensor) -> Maps:
         """Reference images b m 3 h w in [0, 1], m for each picture, of any size -> the backbone's maps b m c h w."""
         return self.encoder.stages(hint)[-self.levels :]

@@ -167,6 +167,11 @@ class T2IAdapter(Adapter[tuple[Tensor, ...]]):
         channels = tuple(taps[i].channels for i in self.scales)
         self.time = TimeScale(channels, unet.spec.emb_dim) if options.time else None
 
+    @property
+    def zero_layers(self) -> tuple[nn.Module, ...]:
+        """Those of the time embedding, where there is one."""
+        return () if self.time is None else tuple(self.time.heads)
+
     def prepare(self, hint: Tensor) -> tuple[Tensor, ...]:
         """Hint b c h w in [0, 1] (lines white on black) -> one feature map b c h w per used scale.
 

@@ -218,6 +218,11 @@ class Adapter(nn.Module, ABC, Generic[P]):
         """Frozen networks that `encode` runs, which the adapter does not own: they are no part of its state."""
         return ()
 
+    @property
+    def zero_layers(self) -> tuple[nn.Module, ...]:
+        """Layers that join it to the rest and start at zero: training logs the norm of their weights."""
+        return ()
+
     def encode(self, hint: Tensor) -> Any:
         """The hint as people give it -> as `prepare` takes it: what a frozen network makes of it, once per image.
 

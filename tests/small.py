@@ -1,6 +1,8 @@
 """Small networks of the real classes, with inputs that fit them; what several test files start from."""
 
+import json
 from itertools import pairwise
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -62,3 +64,10 @@ def random_control(spec: UNetSpec, h: int, w: int, b: int = 2) -> Control:
         skips=tuple(noise(tap.channels, tap.stride) for tap in spec.skips),
         mid=noise(spec.mid.channels, spec.mid.stride),
     )
+
+
+def figures(run: Path) -> dict[str, float]:
+    """All that a run's metrics.jsonl says, by step and name ("3 val_loss"), but for how fast it was."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = {f"{line['step']} {name}": value for line in lines for name, value in line.items()}
+    return {name: value for name, value in found.items() if not name.endswith("images_per_s")}

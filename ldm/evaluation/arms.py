@@ -48,7 +48,7 @@ def plan(config: RunConfig, denoiser: Denoiser) -> Plan | None:
     drawn = {BASE: {}} | {name: _arm(name, node, uses, denoiser) for name, node in arms.items()}
     if config.model.text is None:
         drawn = _with_context(drawn, denoiser, told=bool(given.arms))
-    measures = {name: _measures(name, use, config, denoiser) for name, use in uses.items()}
+    measures = {name: measures_of(name, use, config, denoiser) for name, use in uses.items()}
     return Plan(drawn, measures) if any(measures.values()) else None
 
 
@@ -122,8 +122,11 @@ def _scaled(where: str, adapter: str, use: AdapterUse, scale: Any, denoiser: Den
     return scaled
 
 
-def _measures(adapter: str, use: AdapterUse, config: RunConfig, denoiser: Denoiser) -> dict[str, Measure]:
-    """The measures of one adapter's hint, by name."""
+def measures_of(adapter: str, use: AdapterUse, config: RunConfig, denoiser: Denoiser) -> dict[str, Measure]:
+    """The measures of one adapter's hint, by name.
+
+    Raises: ConfigError if the config names none and the hint has none, or a measure cannot be.
+    """
     wanted, where = config.evaluation.measures.get(adapter), f"evaluation.measures.{adapter}"
     prompted = denoiser.adapter(adapter).image_prompt
     if wanted is None and prompted:
@@ -132,7 +135,7 @@ def _measures(adapter: str, use: AdapterUse, config: RunConfig, denoiser: Denois
             f"{where}, e.g. to {{name: clip_i, encoder: {{...}}}}, or to [] for none"
         )
     if wanted is None:
-        wanted = by_hint(adapter, _words(use.hint or adapter, config))
+        wanted = by_hint(adapter, hint_words(adapter, use, config))
     found: dict[str, Measure] = {}
     for item in wanted if isinstance(wanted, list | tuple) else [wanted]:
         node = _node(item)
@@ -167,8 +170,9 @@ def _tower(node: Mapping[str, Any], slot: str) -> tuple[Path | None, str]:
     return file.resolve() if file else None, node.get("weights_prefix", "")
 
 
-def _words(hint: str, config: RunConfig) -> list[str]:
-    """What a hint is called: by the data's extractor, by name."""
+def hint_words(adapter: str, use: AdapterUse, config: RunConfig) -> list[str]:
+    """What an adapter's hint is called: by the data's extractor, by name."""
+    hint = use.hint or adapter
     named = _node(_data_hint(hint, config)).get("name")
     return [*dict.fromkeys(str(word) for word in (named, hint) if word is not None)]
 

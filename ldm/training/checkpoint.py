@@ -26,9 +26,12 @@ from ldm.convert import files, slots
 from ldm.convert.keymap import grouped, nearest
 from ldm.convert.model import not_finite
 from ldm.registry import ConfigError
+from ldm.training import shards
+from ldm.training.distributed import Rank
 
 log = logging.getLogger(__name__)
 MARKER = "COMPLETE"
+SHARDS = "shards"  # folder of the tensors in shards, where the run had any
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -39,8 +42,11 @@ def save(
     state: Mapping[str, Any],
     metadata: Mapping[str, str],
     keep: "Keep",
+    pieces: "Pieces | None" = None,
 ) -> Path:
     """Write `run/checkpoints/step-XXXXXXXX/` and then drop the complete ones that `keep` does not name.
+
+    Called by one process; where there are pieces, by all ranks at once, of which rank 0 writes all else.
 
     Args:
         run: run folder.
@@ -49,22 +55,29 @@ def save(
         state: optimizer, EMA and whatever else exact resume needs; tensors and plain Python only.
         metadata: strings for the safetensors header.
         keep: which complete checkpoints stay.
+        pieces: tensors in shards, which each rank writes its own part of.
 
     Raises: ConfigError if the disk is too full or not writable; older checkpoints are untouched.
     """
     target = run / "checkpoints" / f"step-{step:08d}"
     temporary = target.with_name(target.name + ".tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _check_room(temporary, _bytes([weights, state]))
+        if pieces is None or pieces.rank.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            _check_room(temporary, _bytes([weights, state, pieces.shards if pieces else {}]))
+        if pieces is not None:
+            pieces.rank.barrier()  # the folder is there
+            shards.write(temporary / SHARDS, pieces.shards)
+            if not pieces.rank.main:
+                return target
         for stem, tensors in weights.items():
             files.write(temporary / f"{stem}.safetensors", tensors, metadata)
         with (temporary / "training.pt").open("wb") as file:  # a Python file, so that a full disk stays an OSError
             torch.save(dict(state), file)
-        sums = {path.name: _sum(path) for path in temporary.iterdir()}
+        sums = {path.relative_to(temporary).as_posix(): _sum(path) for path in temporary.rglob("*") if path.is_file()}
         (temporary / MARKER).write_text(json.dumps({"step": step, "crc32": sums}))
-        for path in temporary.iterdir():
+        for path in (*temporary.rglob("*"), temporary):
             _flush(path)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
@@ -77,6 +90,14 @@ def save(
     for old in keep.dropped(complete(run)):
         shutil.rmtree(old)
     return target
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Tensors in shards, the same on every rank, and which rank this is."""
+
+    rank: Rank
+    shards: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)

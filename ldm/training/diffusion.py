@@ -23,10 +23,11 @@ from ldm.models.vae import VAE, Posterior
 from ldm.registry import ConfigError, register, suggest
 from ldm.samplers import DDIM
 from ldm.schedule import Schedule
+from ldm.training import learning
 from ldm.training.cache import LatentData, Latents, tree_map
 from ldm.training.draws import SAMPLINGS, Draws
 from ldm.training.losses import diffusion_loss
-from ldm.training.stage import Loss, Report, Stage
+from ldm.training.stage import Drawn, Loss, Report, Stage
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,7 @@ class DiffusionStage(Stage):
             eps = eps + o.offset_noise * draws.normal("offset", x0.shape[1], 1, 1)
         drop_text, drop_hints = self._dropped(draws)
         base = tree_map(lambda x, null: self._drop(x, null, drop_text), base, self._null_base(x0))
-        loss = self._loss(x0, base, self._hints(batch, drop_hints), t, eps)
-        return Loss(loss)
+        return Loss(self._losses(x0, base, self._hints(batch, drop_hints), t, eps).mean())
 
     @torch.no_grad()
     def base(self, captions: Sequence[str], size: tuple[int, int]) -> Control:
@@ -188,7 +188,7 @@ class DiffusionStage(Stage):
             self._null[size] = self.base([""], size)
         return self._null[size]
 
-    def _loss(self, x0: Tensor, base: Control, hints: dict[str, Any], t: Tensor, eps: Tensor) -> Tensor:
+    def _losses(self, x0: Tensor, base: Control, hints: dict[str, Any], t: Tensor, eps: Tensor) -> Tensor:
         x_t = self.schedule.add_noise(x0, eps, t)
         output = self.denoiser(x_t, t, base, hints)
         target = self.schedule.target(self.objective, x0, eps, t)
@@ -269,9 +269,15 @@ class DiffusionStage(Stage):
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch], images: int, seed: int) -> Report:
-        """Held-out loss on fixed noise and evenly spread timesteps; pictures with and without the adapters."""
-        total, count = torch.zeros((), device=next(self.vae.parameters()).device), 0
+        """Held-out loss on fixed noise and evenly spread timesteps, ADAPTER.residual_ratio (the root of `loudness`'s).
+
+        Pictures are drawn with and without the adapters.
+        """
+        losses: list[Tensor] = []
+        times: list[Tensor] = []
+        loud: dict[str, Tensor] = {}
         shown: list[Batch] = []
+        count = 0
         for batch in batches:
             b = len(batch.keys)
             if count < images:
@@ -279,23 +285,28 @@ class DiffusionStage(Stage):
             draws = Draws(seed, range(count, count + b), batch.image.device)
             x0, base = self._encode(batch, draws)
             t = torch.arange(count, count + b, device=x0.device) * 577 % self.schedule.steps  # coprime to T: spreads
-            hints = self._features(batch)
-            total += b * self._loss(x0, base, hints, t, draws.normal("noise", *x0.shape[1:]))
+            hints, eps = self._features(batch), draws.normal("noise", *x0.shape[1:])
+            losses.append(self._losses(x0, base, hints, t, eps))
+            times.append(t)
+            heard = learning.loudness(self.denoiser, self.schedule.add_noise(x0, eps, t), t, base, hints)
+            loud = {name: squares + loud.get(name, 0.0) for name, squares in heard.items()}
             count += b
-        return Report({"loss": (total / count).item()}, self._pictures(shown, images, seed))
+        figures = learning.by_time(torch.cat(losses), torch.cat(times), self.schedule.steps)
+        figures |= {f"{name}.residual_ratio": (own / met).sqrt().item() for name, (own, met) in loud.items()}
+        drawn = self._drawn(shown, images, seed)
+        return Report(figures, {} if drawn is None else drawn.columns(), drawn)
 
-    def _pictures(self, batches: Sequence[Batch], images: int, seed: int) -> dict[str, Tensor]:
-        """Labelled columns: the hints, samples without and with the adapters, the ground truth."""
-        columns: dict[str, list[Tensor]] = {}
+    def _drawn(self, batches: Sequence[Batch], images: int, seed: int) -> Drawn | None:
+        """Samples of the first `images` items without and with the adapters; None of none."""
+        parts: list[Drawn] = []
         left, first = images, seed
         for batch in batches:
             n = min(left, len(batch.keys))
-            for label, pictures in self._columns(batch, n, first).items():
-                columns.setdefault(label, []).append(pictures)
+            parts.append(self._draw(batch, n, first))
             left, first = left - n, first + n
-        return {label: torch.cat(parts) for label, parts in columns.items()}
+        return tree_map(lambda *xs: torch.cat(xs), parts[0], *parts[1:]) if parts else None
 
-    def _columns(self, batch: Batch, n: int, seed: int) -> dict[str, Tensor]:
+    def _draw(self, batch: Batch, n: int, seed: int) -> Drawn:
         models = generate.Models(self.denoiser, self.vae, self.text, self.schedule, self.objective)
         sampler = DDIM(self.schedule, steps=min(self.options.preview_steps, self.schedule.steps))
         plain = generate.Request(
@@ -305,13 +316,13 @@ class DiffusionStage(Stage):
             guidance=GuidanceConfig(scale=self.options.preview_guidance),
         )
         hints = {name: hint[:n] for name, hint in self.hints(batch).items()}
-        columns = {f"hint: {name}": hint[:, 0] if hint.ndim == 5 else hint for name, hint in hints.items()}
-        if self.text is not None:
-            columns["base"] = generate.images(models, plain, sampler)
-        if hints:
-            adapted = dataclasses.replace(plain, hints=hints, uses=self.uses)
-            columns["with adapter"] = generate.images(models, adapted, sampler)
-        return columns | {"ground truth": batch.image[:n].float() * 0.5 + 0.5}
+        adapted = dataclasses.replace(plain, hints=hints, uses=self.uses)
+        return Drawn(
+            hints=hints,
+            base=None if self.text is None else generate.images(models, plain, sampler),
+            adapted=generate.images(models, adapted, sampler) if hints else None,
+            real=batch.image[:n].float() * 0.5 + 0.5,
+        )
 
 
 def _prompts(reference: Tensor) -> Tensor:

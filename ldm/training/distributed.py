@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -97,8 +97,41 @@ def session(device: str = "auto", threads: int | None = None) -> Iterator[Rank]:
 
 
 def wrap(module: nn.Module, rank: Rank, *, partial: bool = False) -> nn.Module:
-    """DistributedDataParallel where there are peers. `partial`: some parameters get no gradient in some steps."""
-    if rank.world == 1:
+    """DistributedDataParallel where there are peers, for a module that is not in shards.
+
+    `partial`: some parameters get no gradient in some steps.
+    """
+    if rank.world == 1 or in_shards(module):
         return module
     ids = [rank.device.index] if rank.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(module, device_ids=ids, find_unused_parameters=partial)
+
+
+def is_shard(x: Any) -> bool:
+    """Whether it is a tensor in shards (DTensor); asked without importing that class, which takes seconds."""
+    return isinstance(x, Tensor) and hasattr(x, "full_tensor")
+
+
+def in_shards(module: nn.Module) -> bool:
+    """Whether ranks hold shards of its parameters, all or some."""
+    return any(is_shard(p) for p in module.parameters())
+
+
+def local(x: Any) -> Tensor:
+    """This rank's shard, in place, of a tensor in shards; another tensor as it is. No gradient goes through."""
+    with torch.no_grad():
+        return x.to_local() if is_shard(x) else x
+
+
+def whole(x: Any) -> Tensor:
+    """All of a tensor in shards, on every rank, which all must ask; another tensor as it is."""
+    return x.full_tensor() if is_shard(x) else x
+
+
+def fit(x: Tensor, like: Any) -> Tensor:
+    """A tensor that every rank has whole, in shards as `like` is; itself where that is whole, or a lone number."""
+    if not is_shard(like) or is_shard(x) or not x.ndim:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.training.distributed import local
+
 
 class EMA:
     """Averages the parameters of a module that require grad when it is built; buffers and frozen weights are not kept.
@@ -41,15 +43,15 @@ class EMA:
         if not self._params:
             return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averages = list(self.weights.values())
-        current = [p.to(a.dtype) for p, a in zip(self._params, averages, strict=True)]
+        averages = [local(a) for a in self.weights.values()]
+        current = [local(p).to(a.dtype) for p, a in zip(self._params, averages, strict=True)]
         torch._foreach_lerp_(averages, current, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Within the `with` block the module holds the averages; its own weights come back after it, bit for bit."""
-        own = [p.detach().clone() for p in self._params]
-        self._fill(list(self.weights.values()))
+        own = [local(p).detach().clone() for p in self._params]
+        self._fill([local(a) for a in self.weights.values()])
         try:
             yield
         finally:
@@ -82,4 +84,4 @@ class EMA:
     def _fill(self, values: list[Tensor]) -> None:
         """Copy values into the module's parameters, which stay the same objects with the same storage."""
         if self._params:
-            torch._foreach_copy_(self._params, values)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_copy_([local(p) for p in self._params], values)  # pyright: ignore[reportPrivateImportUsage]

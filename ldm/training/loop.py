@@ -7,10 +7,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ldm import grid
@@ -18,13 +19,15 @@ from ldm.config import RunConfig
 from ldm.control import Adapter
 from ldm.data import subset
 from ldm.data.images import ImageData
+from ldm.evaluation.adherence import Judges, adherence, judges
 from ldm.precision import DTYPES, autocast
 from ldm.registry import ConfigError
-from ldm.training import checkpoint, optim, stream
+from ldm.training import checkpoint, optim, shards, stream
 from ldm.training import state as state_module
-from ldm.training.distributed import Rank, wrap
+from ldm.training.distributed import Rank, in_shards, whole, wrap
 from ldm.training.draws import Draws
 from ldm.training.ema import EMA
+from ldm.training.learning import step_figures
 from ldm.training.metrics import Metrics, describe_run, refuse_foreign
 from ldm.training.signals import Stopped, listening
 from ldm.training.stage import Stage, choose_trainable, networks, store_frozen
@@ -53,6 +56,7 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
     with autocast(config.train.precision, rank.device):
         source = stage.cached(data, rank.device)
     metrics = Metrics(folder, config.log, state.step) if rank.main else None
+    measures = judges(config, stage.trained) if rank.main and held_out is not None else {}
     bar = tqdm(total=config.train.steps, initial=state.step, desc=folder.name, disable=not rank.main, mininterval=1.0)
     clock = time.perf_counter()
     with closing(metrics) if metrics else nullcontext(), bar as progress, listening() as asked:  # its line comes last
@@ -64,7 +68,7 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
             state.keys.append([key for _, batch in micro_batches for key in batch.keys])
             progress.update()
             if _due(state, config.log.every, config):
-                values = _read_window(state, folder, config, rank)
+                values = _read_window(state, folder, config, rank) | step_figures(state.optimizers, stage.trained, rank)
                 elapsed, clock = time.perf_counter() - clock, time.perf_counter()
                 values["images_per_s"] = config.train.batch * values.pop("steps") / elapsed
                 if metrics:
@@ -73,13 +77,12 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
             paused = time.perf_counter()
             stopping = rank.any(bool(asked.name)) and state.step < config.train.steps
             if stopping or _due(state, config.checkpoint.every, config):
-                if rank.main:
-                    state_module.save(config, stage, state, folder)
+                state_module.save(config, stage, state, folder, rank)
                 rank.barrier()
             if stopping:
                 raise Stopped(f"stopped by {asked.name or 'another rank'} at step {state.step} of {config.train.steps}")
             if held_out is not None and _due(state, config.validation.every, config):  # after the checkpoint: may fail
-                _validate(config, stage, state, held_out, metrics, folder, rank)
+                _validate(config, stage, state, held_out, measures, metrics, rank)
             clock += time.perf_counter() - paused
     done = checkpoint.latest(folder)
     assert done is not None
@@ -107,6 +110,7 @@ def _start(config: RunConfig, stage: Stage, run: Path, rank: Rank) -> State:
     if folder is None and config.train.init_from:
         _init_from(stage, Path(config.train.init_from))
     store_frozen(stage, DTYPES[config.train.precision])
+    shards.shard(stage, config.train.shard, rank)
     parameters = {
         player: {name: p for name, p in module.named_parameters() if p.requires_grad}
         for player, module in stage.players.items()
@@ -171,7 +175,8 @@ def _step(
         for i, (positions, batch) in enumerate(micro_batches):
             final = i == n - 1
             draws = Draws(config.seed, positions, rank.device)
-            sync = nullcontext() if final or rank.world == 1 else wrapped.no_sync()  # pyright: ignore
+            waits = isinstance(wrapped, DistributedDataParallel) and not final  # gradients in shards are never whole
+            sync = cast("DistributedDataParallel", wrapped).no_sync() if waits else nullcontext()
             with sync, _playing(state, player):
                 with autocast(config.train.precision, rank.device):
                     loss = wrapped(batch, draws, player, state.step)
@@ -188,7 +193,7 @@ def _update(state: State, player: str, config: RunConfig) -> Tensor:
     if not state.scaler.is_enabled():
         return optim.guarded_step(optimizer, parameters, config.train.clip)
     state.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.train.clip or math.inf)
+    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, config.train.clip or math.inf))
     state.scaler.step(optimizer)
     state.scaler.update()
     return norm
@@ -242,21 +247,31 @@ def _dump(run: Path, rank: Rank, step: int, scalars: dict[str, float], keys: lis
 
 
 def _validate(
-    config: RunConfig, stage: Stage, state: State, held_out: ImageData, metrics: Metrics | None, run: Path, rank: Rank
+    config: RunConfig,
+    stage: Stage,
+    state: State,
+    held_out: ImageData,
+    measures: Judges,
+    metrics: Metrics | None,
+    rank: Rank,
 ) -> None:
-    """Figures and pictures of the EMA weights, by rank 0."""
-    if metrics is not None:
+    """Figures and pictures of the EMA weights, by rank 0; where they are in shards, all ranks run the same."""
+    if metrics is not None or in_shards(stage):
         stage.eval()
         averaged = state.ema.swapped() if state.ema else nullcontext()
-        with averaged, autocast(config.train.precision, rank.device):
+        gathered = shards.gathered(stage, config.train.shard) if in_shards(stage) else nullcontext()
+        with averaged, gathered, autocast(config.train.precision, rank.device):
             micro, _ = stream.split_batch(config.train, rank.world)  # what fits in memory
             batches = subset.held_out(held_out, config.validation.items, min(32, micro), rank.device)
             report = stage.validate(batches, config.validation.images, config.seed)
-        figures = {f"val_{k}": v for k, v in report.figures.items()}
+            scores = adherence(measures, report.drawn) if report.drawn else {}
+        if metrics is None:
+            return rank.barrier()
+        figures = {f"val_{k}": v for k, v in (report.figures | scores).items()}
         metrics.scalars(state.step, figures)
         log.info("step %d: %s", state.step, ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
         if report.columns:
-            file = run / "images" / f"step-{state.step:08d}.png"
+            file = Path(config.run.dir) / "images" / f"step-{state.step:08d}.png"
             grid.save(report.columns, file)
             metrics.picture(state.step, file)
     rank.barrier()

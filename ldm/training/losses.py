@@ -10,7 +10,7 @@ from ldm.schedule import Schedule
 def diffusion_loss(
     output: Tensor, target: Tensor, schedule: Schedule, objective: str, t: Tensor, min_snr_gamma: float | None
 ) -> Tensor:
-    """Mean squared error per sample, weighted by min-SNR, averaged over the batch.
+    """Mean squared error of each sample, weighted by min-SNR.
 
     Ho et al. 2020 (arXiv:2006.11239), Eq. 14; Hang et al. 2023 (arXiv:2303.09556), section 3.4.
 
@@ -22,7 +22,7 @@ def diffusion_loss(
         t: b, timesteps.
         min_snr_gamma: e.g. 5; None weights all timesteps equally.
 
-    Returns: scalar, float32.
+    Returns: b, float32.
     Raises: ValueError if output and target differ in shape.
     """
     if output.shape != target.shape:
@@ -31,7 +31,7 @@ def diffusion_loss(
             "same: set model.unet.out_channels to the channels of the latent"
         )
     per_sample = (output.float() - target.float()).pow(2).mean(dim=(1, 2, 3))
-    return (per_sample * schedule.loss_weight(objective, t, min_snr_gamma)).mean()
+    return per_sample * schedule.loss_weight(objective, t, min_snr_gamma)
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:

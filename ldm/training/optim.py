@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ldm.config import TrainConfig
 from ldm.registry import ConfigError
+from ldm.training.distributed import whole
 
 
 def trainable(module: nn.Module, patterns: Sequence[str]) -> list[nn.Parameter]:
@@ -82,7 +83,7 @@ def guarded_step(optimizer: torch.optim.AdamW, parameters: Sequence[nn.Parameter
     Returns: the gradient norm before clipping, a scalar on the device; not finite means the step was skipped.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+    norm = whole(torch.nn.utils.get_total_norm(grads))
     if clip is not None:
         torch.nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], clip, norm)
     # The fused kernel's own switch, set and removed as GradScaler does: step() takes it from the attribute only.

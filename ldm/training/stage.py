@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
 from ldm.data.images import Batch, ImageData
@@ -23,11 +24,38 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True)
+class Drawn:
+    """Pictures that validation drew of n held-out items, n 3 h w in [0, 1].
+
+    Attributes:
+        hints: adapter -> what it was told, n ..., as `Adapter.encode` takes it.
+        base: without adapters; None where they stand for the text.
+        adapted: with all of them; None where there are none.
+        real: the items themselves.
+    """
+
+    hints: dict[str, Tensor]
+    base: Tensor | None
+    adapted: Tensor | None
+    real: Tensor
+
+    def columns(self) -> dict[str, Tensor]:
+        """All of it, labelled; of image prompts the first reference."""
+        hints = {f"hint: {name}": hint[:, 0] if hint.ndim == 5 else hint for name, hint in self.hints.items()}
+        drawn = {"base": self.base, "with adapter": self.adapted, "ground truth": self.real}
+        return hints | {label: pictures for label, pictures in drawn.items() if pictures is not None}
+
+
+pytree.register_dataclass(Drawn)
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """Held-out figures, and pictures as labelled columns, each b 3 h w in [0, 1]."""
+    """Held-out figures, pictures as labelled columns, each b 3 h w in [0, 1], and what a diffusion stage drew."""
 
     figures: dict[str, float] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
+    drawn: Drawn | None = None
 
 
 class Stage(nn.Module, ABC):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ldm import config as config_module
 from ldm.config import RunConfig
 from ldm.registry import ConfigError
-from ldm.training import checkpoint
+from ldm.training import checkpoint, shards
+from ldm.training.distributed import Rank, fit, whole
 from ldm.training.ema import EMA
 from ldm.training.metrics import git_revision
 from ldm.training.stage import Stage
@@ -42,12 +43,35 @@ class State:
     keys: list[list[str]] = field(default_factory=list)  # sample keys of the same steps
 
 
-def save(config: RunConfig, stage: Stage, state: State, run: Path) -> None:
-    """Write a checkpoint: shared weights are the averaged ones where there is an EMA. Raises: as `checkpoint.save`."""
-    averaged = state.ema.swapped() if state.ema else nullcontext()
-    with averaged:
-        weights = {stem: {k: v.clone() for k, v in m.state_dict().items()} for stem, m in stage.exports().items()}
-    training = {
+def save(config: RunConfig, stage: Stage, state: State, run: Path, rank: Rank) -> None:
+    """Write a checkpoint: shared weights are the averaged ones where there is an EMA. All ranks call it.
+
+    Raises: as `checkpoint.save`.
+    """
+    training, parts = shards.take(_training(config, stage, state))
+    if not (rank.main or parts):
+        return
+    with state.ema.swapped() if state.ema else nullcontext():
+        weights = {stem: _shared(module, rank) for stem, module in stage.exports().items()}
+    metadata = {"config": config_module.dump(config), "step": str(state.step), "git": git_revision()}
+    keep = checkpoint.Keep(config.checkpoint.keep_last, config.checkpoint.keep_every)
+    pieces = checkpoint.Pieces(rank, parts) if parts else None
+    checkpoint.save(run, state.step, weights, training, metadata, keep, pieces)
+
+
+def _shared(module: nn.Module, rank: Rank) -> dict[str, Tensor]:
+    """Copies of a module's weights, whole, for rank 0 to write; the other ranks only give their shards."""
+    copies: dict[str, Tensor] = {}
+    for name, value in module.state_dict().items():
+        gathered = whole(value)
+        if rank.main:
+            copies[name] = gathered.clone() if gathered is value else gathered.cpu()
+    return copies
+
+
+def _training(config: RunConfig, stage: Stage, state: State) -> dict[str, Any]:
+    """What exact resume needs; no copies. `SAVED` names its keys."""
+    return {
         "step": state.step,
         "skipped": state.skipped,
         "config": _plain(config),
@@ -58,9 +82,6 @@ def save(config: RunConfig, stage: Stage, state: State, run: Path) -> None:
         "ema": state.ema.state_dict() if state.ema else None,
         "scaler": state.scaler.state_dict(),
     }
-    metadata = {"config": config_module.dump(config), "step": str(state.step), "git": git_revision()}
-    keep = checkpoint.Keep(config.checkpoint.keep_last, config.checkpoint.keep_every)
-    checkpoint.save(run, state.step, weights, training, metadata, keep)
 
 
 def restore(state: State, stage: Stage, config: RunConfig, folder: Path) -> None:
@@ -74,10 +95,11 @@ def restore(state: State, stage: Stage, config: RunConfig, folder: Path) -> None
     _check(saved, state, stage, config, folder)
     for change in _differences(saved["config"], config, OPEN):
         log.info("changed since %s: %s", folder.name, change)
+    saved = shards.fill(saved, folder / checkpoint.SHARDS, next(iter(state.parameters["model"].values())))
     with torch.no_grad():
         for player, parameters in state.parameters.items():
             for p, value in zip(parameters.values(), saved["parameters"][player], strict=True):
-                p.copy_(value)
+                p.copy_(fit(value, p))
             _load_optimizer(state.optimizers[player], saved["optimizers"][player])
         for name, buffer in _buffers(stage).items():
             buffer.copy_(saved["buffers"][name])
@@ -86,7 +108,8 @@ def restore(state: State, stage: Stage, config: RunConfig, folder: Path) -> None
         if saved["ema"] is None:
             log.warning("train.ema is new to %s: averages start from its weights at step %d", folder, saved["step"])
         else:
-            state.ema.load_state_dict(saved["ema"])
+            fitted = {name: fit(saved["ema"]["weights"][name], mean) for name, mean in state.ema.weights.items()}
+            state.ema.load_state_dict(saved["ema"] | {"weights": fitted})
     if saved["scaler"]:  # empty unless that run was fp16
         state.scaler.load_state_dict(saved["scaler"])
     state.step, state.skipped = saved["step"], saved["skipped"]
@@ -142,6 +165,18 @@ def _buffers(stage: Stage) -> dict[str, Tensor]:
 def _load_optimizer(optimizer: torch.optim.AdamW, saved: Mapping[str, Any]) -> None:
     """Moments from the checkpoint, settings (betas, weight decay) from the config."""
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(dict(saved))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        for i, p in zip(group["params"], own["params"], strict=True):
+            moments[i] = {name: _laid_out(x, p) for name, x in saved["state"].get(i, {}).items()}
+    optimizer.load_state_dict({**saved, "state": {i: m for i, m in moments.items() if m}})
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
+
+
+def _laid_out(moment: Tensor, p: Tensor) -> Tensor:
+    """A moment in the memory format of its parameter, in shards as that is: fused AdamW goes through both in step.
+
+    They differ where a run goes on with shards, which are not channels-last, or without.
+    """
+    return torch.empty_like(p, dtype=moment.dtype).copy_(fit(moment, p)) if moment.ndim else moment

@@ -58,7 +58,7 @@ def test_adapter_figures_name_adapter_base_ceiling_and_chance(
     assert rows["ground_truth"]["mean"] > rows["chance"]["mean"]
     assert all(row["low"] <= row["mean"] <= row["high"] for row in rows.values())
     assert (found["items"], found["seeds"], found["sampler"]["steps"]) == (4, [0, 3], 2)
-    assert list(found["figures"]) == ["loss"]
+    assert list(found["figures"]) == ["loss", "loss_t0", "loss_t2", "edge.residual_ratio"]  # at 4 timesteps
     digest = hashlib.sha256((tmp_path / "edge.safetensors").read_bytes()).hexdigest()
     assert found["weights"][str(tmp_path / "edge.safetensors")] == digest
     assert (tmp_path / "eval" / "grid.png").is_file()
