@@ -15,7 +15,7 @@ TINY := configs/train/tiny
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-all fmt lint types smoke check clean
+.PHONY: help setup demo test test-all test-faults fmt lint types smoke check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r name text; do \
@@ -53,6 +53,9 @@ test: setup ## fast tests on the CPU, without network, two at a time (ARGS=... i
 
 test-all: setup ## the slow tests too, and the GPU ones where there is a GPU
 	$(PY) -m pytest -m 'not network' $(ARGS)
+
+test-faults: setup ## kill trainings 50 times at random moments and compare what comes out (minutes; FAULT_KILLS=N)
+	$(PY) -m pytest -m slow tests/faults $(ARGS)
 
 fmt: setup ## format and apply the safe lint fixes
 	$(PY) -m ruff check --fix .
