@@ -66,6 +66,7 @@ class TrainConfig:
     shard: str = "none"  # none | optimizer | full: what ranks share out (FSDP2), docs/training-at-scale.md
     checkpoint_activations: bool = False  # recompute UNet blocks in backward: less memory, more time
     workers: int = 0  # data-loading processes per rank
+    worker_timeout: float = 600.0  # seconds to wait for a batch of theirs before the run ends; 0 waits for ever
     threads: int | None = None  # torch CPU threads per rank; null = torch's default
     max_nonfinite: int = 10  # abort after this many steps in a row whose gradients were not finite
     init_from: str | None = None  # weights to start from (safetensors of the trained part); never a resume
@@ -182,7 +183,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     ),
     **{f"sample.{key}": (1, math.inf) for key in ("height", "width", "batch", "tile", "clip_skip")},
     **dict.fromkeys(("train.lr", "train.warmup", "train.weight_decay", "train.clip", "train.workers"), (0, math.inf)),
-    **dict.fromkeys(("seed", "checkpoint.keep_last"), (0, math.inf)),
+    **dict.fromkeys(("seed", "checkpoint.keep_last", "train.worker_timeout"), (0, math.inf)),
     **dict.fromkeys(("train.betas", "train.ema"), (0, 1)),
 }  # key -> at least, below; null is allowed where the key allows it
 _PRECISIONS = ("fp32", "bf16", "fp16")

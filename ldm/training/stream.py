@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm.config import TrainConfig
+from ldm.data.errors import DataError
 from ldm.data.images import collate
 from ldm.registry import ConfigError
 from ldm.training.distributed import Rank
@@ -71,14 +72,33 @@ def batches(data: Any, config: TrainConfig, rank: Rank, seed: int, start: int) -
         num_workers=config.workers,
         pin_memory=rank.device.type == "cuda",
         persistent_workers=config.workers > 0,
+        timeout=config.worker_timeout if config.workers else 0,
     )
     stream = iter(loader)
     for _ in range(start, config.steps):
-        read = [next(stream) for _ in range(accumulation)]
+        read = [_next(stream, config) for _ in range(accumulation)]
         for _, batch in read:
             if isinstance(batch, Exception):
                 raise batch
         yield [(where, batch.to(rank.device)) for where, batch in read]
+
+
+def _next(stream: Iterator[Any], config: TrainConfig) -> Any:
+    """The next batch. Raises: DataError if the data workers hang or die."""
+    try:
+        return next(stream)
+    except RuntimeError as error:
+        said = str(error)
+        if "timed out" in said:
+            reason = f"gave no batch for {config.worker_timeout:g} s (train.worker_timeout)"
+        elif "exited unexpectedly" in said:
+            reason = "died: killed, or out of memory"
+        else:
+            raise
+        raise DataError(
+            f"data workers {reason}; train.workers is {config.workers}: try fewer, or 0 to see what a sample does; the "
+            "same command continues at the newest checkpoint"
+        ) from error
 
 
 class Order(Sampler[list[int]]):

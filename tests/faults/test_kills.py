@@ -43,9 +43,7 @@ def start(run: Path, world: int) -> Ranks:
     for rank in range(world):
         environment = os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         leader = ranks[0].pid if ranks else 0
-        ranks.append(
-            subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, process_group=leader)
-        )
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, process_group=leader))
     return ranks
 
 

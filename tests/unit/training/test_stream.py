@@ -1,3 +1,6 @@
+import os
+import signal
+import time
 from itertools import chain, islice
 from typing import Any
 
@@ -158,3 +161,24 @@ def test_unreadable_sample_is_one_line_from_any_process(workers: int, odd: bool,
     with pytest.raises(DataError, match=said) as caught:
         list(batches(Damaged(odd), config, rank(), 0, 0))
     assert "\n" not in str(caught.value)
+
+
+class Stuck(Numbers):
+    """A worker that reads sample 3 sleeps for a minute, or is killed."""
+
+    def __init__(self, killed: bool) -> None:
+        self.killed = killed
+
+    def load(self, index: int, generator: torch.Generator | None = None) -> Sample:
+        if index == 3 and self.killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == 3:
+            time.sleep(60)
+        return super().load(index, generator)
+
+
+@pytest.mark.parametrize(("killed", "said"), [(False, r"gave no batch for 1 s \(train"), (True, "died")])
+def test_workers_that_hang_or_die_end_the_run_in_one_line(killed: bool, said: str) -> None:
+    config = TrainConfig(batch=SIZE, steps=1, workers=1, worker_timeout=1.0)
+    with pytest.raises(DataError, match=f"^data workers {said}.*train.workers is 1"):
+        list(batches(Stuck(killed), config, rank(), 0, 0))
