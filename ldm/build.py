@@ -201,8 +201,16 @@ def reference_size(name: str, node: Node) -> int | None:
         return None
     if getattr(registry.registered().get(("adapter", str(node.get("name")))), "gives_context", False):
         return 0
-    options = {k: v for k, v in encoder.items() if k not in ("weights", "weights_prefix")}
-    return registry.options("image", options).image_size
+    return _encoder_options(encoder).image_size
+
+
+def least_reference(name: str, node: Node) -> int:
+    """Side in pixels of the smallest image prompt that the adapter's encoder reads. Raises: as `reference_size`."""
+    return getattr(_encoder_options(encoder_node(name, node) or {}), "patch", 1)
+
+
+def _encoder_options(encoder: Node) -> Any:
+    return registry.options("image", {k: v for k, v in encoder.items() if k not in ("weights", "weights_prefix")})
 
 
 def _tower(name: str, node: Node) -> ImageTower:

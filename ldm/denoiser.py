@@ -39,6 +39,8 @@ class AdapterUse:
             raise ValueError(f"scale is {self.scale}; must be a finite number, 0 switches the adapter off")
         if not 0.0 <= self.start <= self.end <= 1.0:
             raise ValueError(f"start is {self.start} and end {self.end}; must satisfy 0 <= start <= end <= 1")
+        if not all(math.isfinite(weight) for weight in self.skip_scales or ()):
+            raise ValueError(f"skip_scales are {list(self.skip_scales or ())}; must be finite numbers")
         if self.guess and self.skip_scales is not None:
             raise ValueError("guess sets the skip scales itself; drop skip_scales or guess")
         self.extract()
@@ -100,8 +102,8 @@ def weigh_blocks(control: Control, blocks: Mapping[str, float] | None, spec: UNe
     if blocks is None:
         return control
     check_blocks(blocks, spec)
-    if not control.attn and not control.stages:
-        raise ConfigError("blocks weighs image prompts and stages; this adapter has neither: use skip_scales or scale")
+    if not (control.attn or control.stages or control.skips):
+        raise ConfigError("blocks weighs image prompts, stages and skips; this adapter has none of them: use scale")
 
     def weight(place: str) -> float:
         fitting = [name for name in blocks if place == name or place.startswith(f"{name}.")]
@@ -158,6 +160,8 @@ def check_use(name: str, use: AdapterUse, adapter: Adapter[Any], spec: UNetSpec)
             f"adapters.{name} stands for the text, but start is {use.start:g} and end {use.end:g}; it must be heard at "
             "every step: drop both keys"
         )
+    if adapter.gives_context and (use.guess or use.skip_scales is not None):
+        raise ConfigError(f"adapters.{name} stands for the text; guess and skip_scales cannot act on it: drop them")
     if adapter.image_prompt and use.extractor is not None:
         raise ConfigError(f"adapters.{name}.extractor is set, but its hint is a picture as it is; drop the key")
 

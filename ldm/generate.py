@@ -270,6 +270,8 @@ def _check(models: Models, request: Request) -> None:
     b, seeds, negatives = len(request.prompts), len(request.seeds), len(request.negatives)
     if not b or seeds != b or negatives != b:
         raise ValueError(f"{b} prompts, {seeds} seeds and {negatives} negatives; must be as many of each, at least one")
+    if models.text is None and (unread := [text for text in (*request.prompts, *request.negatives) if text]):
+        raise ValueError(f"a prompt is {unread[0]!r:.60}, but there is no text encoder to read it; leave it empty")
     if min(request.size) < 1 or any(side % multiple_of(models) for side in request.size):
         h, w = request.size
         raise ValueError(f"image size is {h}x{w} (h w), must be multiples of {multiple_of(models)} pixels; change it")

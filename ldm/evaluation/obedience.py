@@ -83,7 +83,7 @@ def drawer(stage: DiffusionStage, sampler: Sampler, guidance: GuidanceConfig) ->
         seeds = range(seed, seed + len(batch.keys))
         size = (batch.image.shape[-2], batch.image.shape[-1])
         heard = {name: hints[name] for name in uses}
-        request = generate.Request(batch.text, seeds, size, guidance=guidance, hints=heard, uses=uses)
+        request = generate.Request(stage.prompts(batch), seeds, size, guidance=guidance, hints=heard, uses=uses)
         return generate.images(models, request, sampler)
 
     return draw

@@ -1,6 +1,7 @@
 """A sampling run before anything is built: its prompts, seeds, hints and weights, resolved and checked."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -96,10 +97,25 @@ class Plan:
             files = pictures(prompt.hints[name])
             if not files:
                 raise ConfigError(f"hint {prompt.hints[name]} has no images; put the references of {name!r} there")
-            return torch.stack([load_reference(file, side) for file in files])
+            return self._references(name, {file: load_reference(file, side) for file in files})
         if prompt.hints[name].is_dir():
             raise ConfigError(f"hint {prompt.hints[name]} is a folder; only image prompts take several files")
         return load_hint(prompt.hints[name], self.size, self.uses[name].extract())
+
+    def _references(self, name: str, found: Mapping[Path, Tensor]) -> Tensor:
+        """One adapter's references of a picture, m 3 h w. Raises: ConfigError on different sizes, or too small ones."""
+        sizes = {file: (x.shape[-1], x.shape[-2]) for file, x in found.items()}
+        least = build.least_reference(name, self.config.adapters[name])
+        if small := [file for file, size in sizes.items() if min(size) < least]:
+            w, h = sizes[small[0]]
+            raise ConfigError(
+                f"reference {small[0]} is {w}x{h} pixels as {name!r} reads it (the longer side up to {LONGEST}); must be at "
+                f"least {least}x{least}: enlarge or crop it"
+            )
+        if len(set(sizes.values())) > 1:
+            told = ", ".join(f"{file.name} {w}x{h}" for file, (w, h) in [*sizes.items()][:4])
+            raise ConfigError(f"references of {name!r} for one picture are {told} pixels; give them one size")
+        return torch.stack([*found.values()])
 
     def shown(self, prompt: Prompt, name: str) -> Tensor:
         """The hint of one adapter as a picture of the size to draw, 3 h w; of an image prompt the first reference."""
@@ -117,9 +133,18 @@ class Plan:
         return Item(row, self.prompts[row], seed, self.tag)
 
     def batches(self) -> list[list[Item]]:
-        """Every prompt with every seed, in batches of `sample.batch`."""
+        """Every prompt with every seed, in batches of at most `sample.batch`, each with hints of one size."""
+        out: list[list[Item]] = []
         items = [self.item(row, seed) for row in range(len(self.prompts)) for seed in self.seeds]
-        return [items[i : i + self.config.sample.batch] for i in range(0, len(items), self.config.sample.batch)]
+        for _, alike in itertools.groupby(items, lambda item: self._sizes(item.prompt)):
+            same = list(alike)
+            out += [same[i : i + self.config.sample.batch] for i in range(0, len(same), self.config.sample.batch)]
+        return out
+
+    def _sizes(self, prompt: Prompt) -> list[tuple[int, ...]]:
+        """Sizes of the hints that come as they are; the others have one."""
+        free = [n for n in prompt.hints if build.reference_size(n, self.config.adapters[n]) == 0]
+        return [self.hint(prompt, name).shape for name in free]
 
 
 def plan(config: RunConfig, weights: Mapping[str, Path] | None = None) -> Plan:
@@ -141,7 +166,8 @@ def plan(config: RunConfig, weights: Mapping[str, Path] | None = None) -> Plan:
         raise ConfigError(f"sample.tile is {s.tile} latent pixels, must be at least 4, or null for the whole image")
     if weights is None:
         config, weights = pin_weights(config)
-    prompts = _resolved(config, read_prompts(s.prompts))
+    given = "" if s.prompts is None and config.model.text is None else s.prompts  # nothing would read a text
+    prompts = _resolved(config, read_prompts(given))
     if s.strength is not None and prompts[0].image is None:
         raise ConfigError(f"sample.strength is {s.strength} without an image; set sample.image, or drop strength")
     guidance = GuidanceConfig(**dataclasses.asdict(s.guidance))

@@ -121,9 +121,13 @@ class DiffusionStage(Stage):
         return (self.denoiser, *([] if self.text is None else [self.text]), *self.denoiser.heard.values())
 
     def train(self, mode: bool = True) -> "DiffusionStage":
-        """Frozen encoders stay in eval mode."""
+        """Frozen encoders and adapters stay in eval mode: no dropout in what others learn from."""
         super().train(mode)
         self.vae.eval()
+        for name in self.denoiser.adapters:
+            adapter = self.denoiser.adapter(name)
+            if not any(p.requires_grad for p in adapter.parameters()):
+                adapter.eval()
         if self.text is not None:
             self.text.eval()
         return self
@@ -263,6 +267,10 @@ class DiffusionStage(Stage):
                 found[name] = _prompts(batch.reference)
         return found
 
+    def prompts(self, batch: Batch) -> list[str]:
+        """The captions to draw; empty ones without a text encoder, which nothing reads."""
+        return [*batch.text] if self.text is not None else [""] * len(batch.keys)
+
     @staticmethod
     def _drop(x: Tensor, null: Tensor, drop: Tensor) -> Tensor:
         return torch.where(drop.view(-1, *[1] * (x.ndim - 1)), null.to(x.dtype), x)
@@ -310,7 +318,7 @@ class DiffusionStage(Stage):
         models = generate.Models(self.denoiser, self.vae, self.text, self.schedule, self.objective)
         sampler = DDIM(self.schedule, steps=min(self.options.preview_steps, self.schedule.steps))
         plain = generate.Request(
-            batch.text[:n],
+            self.prompts(batch)[:n],
             [seed + i for i in range(n)],
             (batch.image.shape[-2], batch.image.shape[-1]),
             guidance=GuidanceConfig(scale=self.options.preview_guidance),

@@ -121,7 +121,10 @@ class Blanks(ImageData):
             raise ConfigError("data is not set; include one of configs/data/*.yaml")
         self.options: Any = registry.options("data", config.data)
         zeros = torch.zeros(3, self.options.size, self.options.size)
-        hints, reference = dict.fromkeys(self.options.hints, zeros), zeros if self.options.reference else None
+        pairing = getattr(self.options, "pairing", None)
+        side = (pairing.size if pairing else 0) or self.options.size
+        reference = torch.zeros(3, side, side) if self.options.reference else None
+        hints = dict.fromkeys(self.options.hints, zeros)
         self.samples = [Sample(str(i), zeros, f"{CAPTION} {i}", hints, reference) for i in range(length)]
 
     def __len__(self) -> int:

@@ -298,7 +298,7 @@ def test_dry_run_checks_clip_skip_without_weights(config: Path, capsys: pytest.C
         (["grid={adapters.net.mask: [null, nowhere.png]}"], "nowhere.png is missing"),
         (["grid={adapters.net.skip_scales: [null, [1, 1]]}"], "skip_scales has 2 entries; this adapter has 4 skips"),
         (["grid={adapters.net.blocks: [null, {dwon: 0}]}"], "blocks has 'dwon'; this UNet has"),
-        (["grid={adapters.net.blocks: [null, {down: 0}]}"], "blocks weighs image prompts and stages"),
+        (["grid={adapters.net.blocks: [null, {up: 0}]}"], "blocks has 'up', where this adapter says nothing"),
         (["sample.guidance.image=2"], "sample.guidance.image is 2, but no prompt has an image prompt"),
     ],
 )

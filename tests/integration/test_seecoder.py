@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -105,9 +106,56 @@ def test_pictures_follow_the_reference_and_only_it(trained: Path, swin: str, tmp
     assert json.loads((tmp_path / "a" / "samples.jsonl").read_text())["prompt"] == ""
 
 
+def picture(folder: Path, name: str, width: int, height: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (width, height), "red").save(folder / name)
+    return folder / name
+
+
+def test_references_of_different_sizes_are_drawn_in_one_run(trained: Path, swin: str, tmp_path: Path) -> None:
+    files = [picture(tmp_path / "in", f"{w}.png", w, h) for w, h in ((40, 24), (33, 50), (33, 50))]
+    prompts = ", ".join(f"{{prompt: '', hints: {{see: {file}}}}}" for file in files[:2])
+    sample.main(drawing(trained, swin, tmp_path / "both", f"sample.prompts=[{prompts}]"))
+    sample.main(drawing(trained, swin, tmp_path / "alone", f"sample.hints.see={files[1]}", "sample.prompts=''"))
+    together, alone = (Image.open(tmp_path / name) for name in ("both/00001_s0.png", "alone/00000_s0.png"))
+    assert together.tobytes() == alone.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        (
+            [(40, 24), (33, 50)],
+            "references of 'see' for one picture are 0.png 40x24, 1.png 33x50 pixels; give them one",
+        ),
+        ([(2, 2)], "0.png is 2x2 pixels as 'see' reads it (the longer side up to 1536); must be at least 4x4"),
+        ([(3000, 5)], "0.png is "),
+    ],
+)
+def test_references_that_cannot_be_read_are_named_before_anything_is_drawn(
+    sizes: list[tuple[int, int]],
+    said: str,
+    trained: Path,
+    swin: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for i, (w, h) in enumerate(sizes):
+        picture(tmp_path / "in", f"{i}.png", w, h)
+    good = f"{{prompt: '', hints: {{see: {PICTURE}}}}}"
+    bad = f"{{prompt: '', hints: {{see: {tmp_path / 'in' if len(sizes) > 1 else tmp_path / 'in' / '0.png'}}}}}"
+    first = "" if len(sizes) > 1 else f"{good}, "
+    with pytest.raises(SystemExit) as stop:
+        sample.main(drawing(trained, swin, tmp_path / "x", f"sample.prompts=[{first}{bad}]"))
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and said in lines[0], lines
+    assert not list(tmp_path.glob("x/*.png"))
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        ([HINT, "adapters.see.guess=true"], "guess and skip_scales cannot act on it"),
         (
             [HINT, "sample.prompts=a red apple"],
             "a prompt is 'a red apple', but model.text is null, so nothing reads it",
@@ -135,7 +183,7 @@ def test_evaluation_has_no_arm_without_a_context(trained: Path, swin: str) -> No
     measure = f"evaluation.measures.see={{name: clip_i, encoder: {vit}}}"
     evaluate.main(["--config", str(TRAIN), f"run.dir={trained}", *SHORT, swin, measure])
     found = json.loads((trained / "eval" / "eval.json").read_text())
-    assert list(found["arms"]) == ["see"] and list(found["figures"]) == ["loss"]
+    assert list(found["arms"]) == ["see"] and {name.partition("_")[0] for name in found["figures"]} == {"loss"}
     assert set(found["measures"]["see"]["clip_i"]) == {"see", "ground_truth", "chance"}
     assert (trained / "eval" / "grid.png").is_file()
 

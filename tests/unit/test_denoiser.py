@@ -98,6 +98,12 @@ def test_skip_scales_weigh_each_skip_and_then_the_middle() -> None:
     assert weights(doubled) == pytest.approx([2 * s for s in scales])
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_skip_scales_are_finite(bad: float) -> None:
+    with pytest.raises(ValueError, match="must be finite numbers"):
+        AdapterUse(skip_scales=(1.0, bad))
+
+
 def test_skip_scales_leave_the_rest_alone() -> None:
     kv = ExtraKV(k=(torch.ones(1, 1, 1),), v=(torch.ones(1, 1, 1),))
     stages = (torch.ones(1, 1, 1, 1),)

@@ -116,6 +116,12 @@ def test_a_controlnet_beside_it_hears_its_tokens(monkeypatch: pytest.MonkeyPatch
     assert not heard[1][0].any()
 
 
+def test_texts_that_nothing_reads_are_refused() -> None:
+    request = Request(["a cat"], [0], SIZE, hints=hints("see"))
+    with pytest.raises(ValueError, match="a prompt is 'a cat', but there is no text encoder"):
+        images(models(), request, DDIM(Schedule(), steps=1))
+
+
 def test_tell_puts_the_tokens_into_the_base_and_leaves_the_rest() -> None:
     denoiser = models().denoiser
     prepared = denoiser.prepare({n: denoiser.adapter(n).encode(h) for n, h in hints("see", "lines").items()})

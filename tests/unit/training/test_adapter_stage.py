@@ -135,3 +135,10 @@ def test_cached_image_prompts_give_the_uncached_loss_and_no_step_runs_the_tower(
     torch.testing.assert_close(losses, [loss(this, batch(), step) for step in range(3)], rtol=1e-3, atol=0)
     torch.testing.assert_close(told[:3], told[3:], rtol=1e-3, atol=1e-3)  # the cache keeps half precision
     assert (told[3][0] - told[3][1]).abs().max() > 1e-2  # each picture has its own
+
+
+def test_adapters_that_are_not_trained_stay_in_eval_mode() -> None:
+    this = stage()
+    choose_trainable(this, ["adapters.lines.*"])
+    this.train()
+    assert this.denoiser.adapter("lines").training and not this.denoiser.adapter("look").training
