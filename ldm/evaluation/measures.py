@@ -107,7 +107,8 @@ class PaletteReference(Measure):
     def picture(self, images: Tensor) -> Tensor:
         """Sorted projections b d n of the Lab colours."""
         colours = F.adaptive_avg_pool2d(images.float(), self.SIDE).flatten(2).mT
-        return projections(lab(colours))
+        with torch.autocast(images.device.type, enabled=False):
+            return projections(lab(colours))
 
     def hint(self, hint: Tensor) -> Tensor:
         """The same, of the first reference of each item."""

@@ -15,7 +15,7 @@ from ldm.config import Node, RunConfig
 from ldm.evaluation.arms import Plan
 from ldm.evaluation.obedience import Obedience
 
-PROTOCOL = 2  # raised when the same weights and config would give other figures, or figures by other names
+PROTOCOL = 3  # raised when the same weights and config would give other figures, or figures by other names
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pth")
 
 

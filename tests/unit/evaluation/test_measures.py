@@ -73,6 +73,9 @@ def test_palette_of_a_reference_is_blind_to_place_and_counts_a_shift_as_its_delt
     shift = (lab(greys[1, :, 0, 0]) - lab(greys[0, :, 0, 0])).norm().item()
     assert scores(m, greys[:1], greys[1:, None]).item() == pytest.approx(shift, rel=0.03)
     assert m.image_prompt and not m.more_is_better
+    exact = scores(m, greys[:1], reference[:, None])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(scores(m, greys[:1], reference[:, None]), exact)
 
 
 def test_projections_give_the_wasserstein_distance_of_sets_along_each_axis() -> None:
