@@ -8,6 +8,8 @@ by level into 4 global and 144 local tokens. The hint that `prepare` takes is th
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from adapters.layers import FrozenEncoder, blank_tower
 from ldm.control import Adapter, Control
+from ldm.convert import files
 from ldm.models.clip import ImageTower
 from ldm.models.swin import Swin
 from ldm.models.unet import UNet
@@ -47,6 +50,7 @@ class SeeCoderOptions:
         dropout: of the decoder, in training.
         heads: attention heads, of both.
         position: SeeCoder-PA: a position code on the keys of the feature maps, which starts at zero.
+        unconditional: file with one tensor n d, the first n unconditional tokens (SeeCoder-Anime has 77); null: zeros.
     """
 
     encoder: Mapping[str, Any] = field(default_factory=dict)
@@ -61,6 +65,7 @@ class SeeCoderOptions:
     dropout: float = 0.1
     heads: int = 8
     position: bool = False
+    unconditional: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("levels", "local_queries", "layers", "hidden", "decoder_hidden", "heads"):
@@ -270,6 +275,7 @@ class SeeCoder(Adapter[Control]):
                 f"seecoder.levels is {options.levels}, must be at most {len(stages)}: the backbone's stages"
             )
         self.levels = options.levels
+        self._unconditional = options.unconditional
         self.image_decoder = Decoder(stages[-options.levels :], dim, options)
         self.query_transformer = QueryTransformer(dim, options)
 
@@ -307,7 +313,20 @@ class SeeCoder(Adapter[Control]):
         maps = [rearrange(x, "b m c h w -> (b m) c h w").to(weight.dtype) for x in hint]
         tokens = self.query_transformer(self.image_decoder(maps), [(x.shape[-2], x.shape[-1]) for x in maps])
         present = maps[-1].flatten(1).any(dim=1)[:, None, None]
-        return Control(context=rearrange(tokens * present, "(b m) n d -> b (m n) d", m=m))
+        tokens = tokens * present if self._unconditional is None else tokens.where(present, self._silence.to(tokens))
+        return Control(context=rearrange(tokens, "(b m) n d -> b (m n) d", m=m))
+
+    @cached_property
+    def _silence(self) -> Tensor:
+        """The unconditional tokens n d of the file, zeros behind them. Raises: ConfigError on other tensors."""
+        queries, file = self.query_transformer.queries, Path(str(self._unconditional))
+        found = [x.squeeze(0) for x in files.read(file).values()]
+        shapes = [tuple(x.shape) for x in found]
+        if len(found) != 1 or found[0].shape[1:] != queries.shape[1:] or len(found[0]) > len(queries):
+            raise ConfigError(
+                f"seecoder.unconditional: {file} has tensors of {shapes}, must be one of up to {tuple(queries.shape)}"
+            )
+        return F.pad(found[0].float(), (0, 0, 0, len(queries) - len(found[0])))
 
     def control(self, x_t: Tensor, t: Tensor, base: Control, prepared: Control) -> Control:
         """The prepared Control: nothing here depends on x_t or t."""

@@ -216,6 +216,28 @@ def test_null_stands_for_zero_tokens_row_by_row() -> None:
     torch.testing.assert_close(got[[0, 2]], tokens(net, maps)[[0, 2]])
 
 
+def test_unconditional_tokens_may_come_from_a_file(tmp_path: Path) -> None:
+    plain, file = make(), tmp_path / "null.safetensors"
+    n, dim = plain.query_transformer.queries.shape
+    own = torch.randn(n - 2, dim)
+    save_file({"null": own[None].half()}, file)
+    net = make(unconditional=str(file))
+    net.load_state_dict(plain.state_dict())
+    maps = some_maps()
+    both = tuple(torch.cat([x, torch.zeros_like(x)]) for x in maps)
+    got = tokens(net, both)
+    torch.testing.assert_close(got[:1], tokens(plain, maps))
+    assert torch.equal(got[1], F.pad(own.half().float(), (0, 0, 0, 2)))
+
+
+@pytest.mark.parametrize("shape", [(99, 12), (2, 5), (3,)])
+def test_unconditional_tokens_that_do_not_fit_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    save_file({"null": torch.zeros(shape)}, tmp_path / "null.safetensors")
+    net = make(unconditional=str(tmp_path / "null.safetensors"))
+    with pytest.raises(ConfigError, match=r"seecoder.unconditional: .*null.safetensors has tensors of"):
+        net.prepare(tuple(torch.zeros_like(x) for x in some_maps()))
+
+
 @pytest.mark.parametrize("size", [(37, 22), (8, 160), (160, 8), (355, 200), (4, 4)])
 def test_references_of_every_size_give_as_many_tokens(size: tuple[int, int]) -> None:
     net = make()
