@@ -109,8 +109,8 @@ class Plan:
         if small := [file for file, size in sizes.items() if min(size) < least]:
             w, h = sizes[small[0]]
             raise ConfigError(
-                f"reference {small[0]} is {w}x{h} pixels as {name!r} reads it (the longer side up to {LONGEST}); must be "
-                f"at least {least}x{least}: enlarge or crop it"
+                f"reference {small[0]} is {w}x{h} pixels as {name!r} reads it (the longer side up to {LONGEST}); must "
+                f"be at least {least}x{least}: enlarge or crop it"
             )
         if len(set(sizes.values())) > 1:
             told = ", ".join(f"{file.name} {w}x{h}" for file, (w, h) in [*sizes.items()][:4])
