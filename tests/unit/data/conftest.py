@@ -3,6 +3,7 @@ import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -43,6 +44,11 @@ def folder_set(tmp_path: Path, picture) -> Maker:
 
 def write_rows(root: Path, rows: list[dict], name: str = "metadata.jsonl") -> None:
     (root / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def keys(data: Any) -> list[str]:
+    """Keys of all samples, in order."""
+    return [data[i].key for i in range(len(data))]
 
 
 def picture_bytes(left=(255, 0, 0), right=(0, 0, 255), size=(24, 24), kind="png") -> bytes:

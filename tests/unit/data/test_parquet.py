@@ -12,7 +12,7 @@ from ldm.data import DataError, collate, parquet
 from ldm.data.records import split_by_hash
 from ldm.registry import ConfigError, build
 
-from .conftest import picture_bytes
+from .conftest import keys, picture_bytes
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -38,10 +38,6 @@ def table(path: Path, rows: int = 6, group: int = 2, **columns: list[Any]) -> Pa
 
 def reader(root: Path, **options: Any) -> Any:
     return build("data", {"name": "parquet", "root": str(root), "size": 16, **options})
-
-
-def keys(data: Any) -> list[str]:
-    return [data[i].key for i in range(len(data))]
 
 
 def test_rows_come_in_the_order_of_the_files(tmp_path: Path) -> None:

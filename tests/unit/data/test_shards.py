@@ -13,7 +13,7 @@ from ldm.data import DataError, collate, reading
 from ldm.data.records import split_by_hash
 from ldm.registry import ConfigError, build
 
-from .conftest import picture_bytes, write_rows, write_tar
+from .conftest import keys, picture_bytes, write_rows, write_tar
 
 Files = list[tuple[str, bytes]]
 
@@ -39,10 +39,6 @@ def shards(root: Path, shards: int = 2, samples: int = 3) -> Path:
 
 def webdataset(root: Path, **options: Any) -> Any:
     return build("data", {"name": "webdataset", "root": str(root), "size": 16, **options})
-
-
-def keys(data: Any) -> list[str]:
-    return [data[i].key for i in range(len(data))]
 
 
 def test_samples_come_in_the_order_of_the_shards(tmp_path: Path) -> None:
