@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,16 @@ def explain(path: str | Path, overrides: Sequence[str] = ()) -> str:
     origins = config.merged(path, overrides, _marked)
     rows = [(f"{key} = {_text(value)}", origin) for key, value, origin in _walk(cast("Node", values), origins, "")]
     return "\n".join(f"{left:<{WIDTH}}  {origin}" for left, origin in rows)
+
+
+def asked(args: Namespace, cfg: config.RunConfig, path: str | Path, overrides: Sequence[str]) -> str | None:
+    """What `--print-config` or `--explain` is to print of a loaded config; None if neither was given.
+
+    Raises: ConfigError as `config.load`.
+    """
+    if args.print_config:
+        return config.dump(cfg).rstrip("\n")
+    return explain(path, overrides) if args.explain else None
 
 
 def _walk(values: Node, origins: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:

@@ -21,11 +21,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.config is None:
             raise ConfigError("--config is missing; e.g. --config configs/train/emoji/vae.yaml")
         cfg = config.load(args.config, args.overrides)
-        if args.print_config:
-            print(config.dump(cfg), end="")
-            return
-        if args.explain:
-            print(explain.explain(args.config, args.overrides))
+        if (text := explain.asked(args, cfg, args.config, args.overrides)) is not None:
+            print(text)
             return
         import adapters  # noqa: F401  registers them; slow to import, not needed for --help
         import ldm.training.run  # noqa: F401  registers the stages

@@ -36,11 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{seed} is a training's seed, which pictures do not use; set sample.{seed[:4]}s{seed[4:]}"
             )
         cfg = config.load(path, overrides)
-        if args.print_config:
-            print(config.dump(cfg), end="")
-            return
-        if args.explain:
-            print(explain.explain(path, overrides))
+        if (text := explain.asked(args, cfg, path, overrides)) is not None:
+            print(text)
             return
         import adapters  # noqa: F401  registers them; slow to import, not needed for --help
         from ldm.sampling import run

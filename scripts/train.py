@@ -22,11 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.config is None:
             raise ConfigError("--config is missing; e.g. --config configs/train/tiny/ldm.yaml")
         cfg = config.load(args.config, args.overrides)
-        if args.print_config:
-            print(config.dump(cfg), end="")
-            return
-        if args.explain:
-            print(explain.explain(args.config, args.overrides))
+        if (text := explain.asked(args, cfg, args.config, args.overrides)) is not None:
+            print(text)
             return
         if cfg.grid:
             raise ConfigError(f"grid is for sampling; it has {', '.join(cfg.grid)}: drop it, or use scripts/sample.py")
