@@ -23,6 +23,7 @@ from ldm.registry import ConfigError, register
 
 VARIANTS = ("base", "plus", "full")
 INITS = ("copy", "random")
+NO_IMAGE = ("zeros", "black")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class IPAdapterOptions:
         width: of the resampler in "plus", a multiple of head_dim; null = width of the text (SD1.5: 768; SDXL: 1280).
         depth: layers of the resampler.
         head_dim: width of one of its attention heads.
+        no_image: what stands for no image: "zeros", zero features, or "black", the features of a zero image; null is
+            what was released: zeros in "base", else black.
     """
 
     encoder: Mapping[str, Any] = field(default_factory=dict)
@@ -47,11 +50,14 @@ class IPAdapterOptions:
     width: int | None = None
     depth: int = 4
     head_dim: int = 64
+    no_image: str | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("variant", VARIANTS), ("init", INITS)):
+        for name, known in (("variant", VARIANTS), ("init", INITS), ("no_image", (None, *NO_IMAGE))):
             if getattr(self, name) not in known:
-                raise ConfigError(f"ip_adapter.{name} is {getattr(self, name)!r}; allowed: {', '.join(known)}")
+                raise ConfigError(
+                    f"ip_adapter.{name} is {getattr(self, name)!r}; allowed: {', '.join(map(str, known))}"
+                )
         for name in ("tokens", "width", "depth", "head_dim"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"ip_adapter.{name} is {value}, must be at least 1")
@@ -99,6 +105,7 @@ class ImagePrompt(nn.Module):
         super().__init__()
         self.encoder = FrozenEncoder(tower or blank_tower(options.encoder), pooled=options.variant == "base")
         self.pooled = options.variant == "base"
+        self.zeros = (options.no_image or ("zeros" if self.pooled else "black")) == "zeros"
         width = self.encoder.width
         if options.variant == "base":
             self.proj: nn.Module = GlobalTokens(width, context_dim, options.tokens or 4)
@@ -119,33 +126,19 @@ class ImagePrompt(nn.Module):
         return rearrange(tokens, "(b m) n d -> b (m n) d", m=features.shape[1])
 
     def null(self, features: Tensor) -> Tensor:
-        """What stands for no image, like `features`: a zero vector in "base", else the encoded zero image."""
-        return torch.zeros_like(features) if self.pooled else self.encoder.zero().expand_as(features).to(features.dtype)
+        """What stands for no image, like `features`: see `IPAdapterOptions.no_image`."""
+        return torch.zeros_like(features) if self.zeros else self.encoder.zero().expand_as(features).to(features.dtype)
 
 
-@register("adapter", "ip_adapter", options=IPAdapterOptions)
-class IPAdapter(Adapter[Control]):
-    """Image tokens with keys and values of their own in every cross-attention layer (Eq. 5)."""
+class _Prompted(Adapter[Control]):
+    """What decoupled and simple adapter share: a tower that is heard, features of references, of no image."""
 
     image_prompt = True
     hint_range = (0.0, 1.0)
 
-    def __init__(self, options: IPAdapterOptions, *, unet: UNet, tower: ImageTower | None = None) -> None:
-        """Args: tower: the encoder with its weights; None makes one of the same shape."""
+    def __init__(self, options: IPAdapterOptions, context_dim: int, tower: ImageTower | None) -> None:
         super().__init__()
-        dim, layers = unet.spec.context_dim, unet.spec.cross_attn
-        self.image = ImagePrompt(options, dim, tower)
-        self.to_k = nn.ModuleList(nn.Linear(dim, layer.inner_dim, bias=False) for layer in layers)
-        self.to_v = nn.ModuleList(nn.Linear(dim, layer.inner_dim, bias=False) for layer in layers)
-        if options.init == "copy":
-            self._copy(unet)
-
-    @torch.no_grad()
-    def _copy(self, unet: UNet) -> None:
-        text = [module.attn2 for module in unet.modules() if isinstance(module, TransformerBlock)]
-        for own, theirs in ((self.to_k, [a.to_k for a in text]), (self.to_v, [a.to_v for a in text])):
-            for layer, source in zip(own, theirs, strict=True):
-                layer.weight.copy_(source.weight)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        self.image = ImagePrompt(options, context_dim, tower)
 
     @property
     def heard(self) -> tuple[nn.Module, ...]:
@@ -160,50 +153,51 @@ class IPAdapter(Adapter[Control]):
         """Features b m n d of no image: see `ImagePrompt.null`."""
         return self.image.null(hint)
 
+    def control(self, x_t: Tensor, t: Tensor, base: Control, prepared: Control) -> Control:
+        """The prepared Control: nothing here depends on x_t or t."""
+        return prepared
+
+
+@register("adapter", "ip_adapter", options=IPAdapterOptions)
+class IPAdapter(_Prompted):
+    """Image tokens with keys and values of their own in every cross-attention layer (Eq. 5)."""
+
+    def __init__(self, options: IPAdapterOptions, *, unet: UNet, tower: ImageTower | None = None) -> None:
+        """Args: tower: the encoder with its weights; None makes one of the same shape."""
+        dim, layers = unet.spec.context_dim, unet.spec.cross_attn
+        super().__init__(options, dim, tower)
+        self.to_k = nn.ModuleList(nn.Linear(dim, layer.inner_dim, bias=False) for layer in layers)
+        self.to_v = nn.ModuleList(nn.Linear(dim, layer.inner_dim, bias=False) for layer in layers)
+        if options.init == "copy":
+            self._copy(unet)
+
+    @torch.no_grad()
+    def _copy(self, unet: UNet) -> None:
+        text = [module.attn2 for module in unet.modules() if isinstance(module, TransformerBlock)]
+        for own, theirs in ((self.to_k, [a.to_k for a in text]), (self.to_v, [a.to_v for a in text])):
+            for layer, source in zip(own, theirs, strict=True):
+                layer.weight.copy_(source.weight)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
     def prepare(self, hint: Tensor) -> Control:
         """Features b m n d -> keys and values of every layer; several references are one longer row of tokens."""
         tokens = self.image(hint)
         k, v = (tuple(layer(tokens) for layer in layers) for layers in (self.to_k, self.to_v))
         return Control(attn=(ExtraKV(k=k, v=v),))
 
-    def control(self, x_t: Tensor, t: Tensor, base: Control, prepared: Control) -> Control:
-        """The prepared Control: nothing here depends on x_t or t."""
-        return prepared
-
 
 @register("adapter", "ip_adapter_simple", options=IPAdapterOptions)
-class SimpleIPAdapter(Adapter[Control]):
+class SimpleIPAdapter(_Prompted):
     """The paper's "simple adapter" (section 4.4.1): image tokens stand behind the text's, in the text's own attention.
 
     Its weight is on or off: a scale between would have to change the text's attention too.
     """
 
-    image_prompt = True
     weighable = frozenset()
-    hint_range = (0.0, 1.0)
 
     def __init__(self, options: IPAdapterOptions, *, unet: UNet, tower: ImageTower | None = None) -> None:
         """Args: see IPAdapter."""
-        super().__init__()
-        self.image = ImagePrompt(options, unet.spec.context_dim, tower)
-
-    @property
-    def heard(self) -> tuple[nn.Module, ...]:
-        """The image tower."""
-        return (self.image.encoder.tower,)
-
-    def encode(self, hint: Tensor) -> Tensor:
-        """See IPAdapter."""
-        return self.image.encoder(hint)
-
-    def null(self, hint: Tensor) -> Tensor:
-        """See IPAdapter."""
-        return self.image.null(hint)
+        super().__init__(options, unet.spec.context_dim, tower)
 
     def prepare(self, hint: Tensor) -> Control:
         """Features b m n d -> tokens for the context."""
         return Control(context=self.image(hint))
-
-    def control(self, x_t: Tensor, t: Tensor, base: Control, prepared: Control) -> Control:
-        """The prepared Control."""
-        return prepared

@@ -355,3 +355,15 @@ def test_layers_in_the_published_order_are_refused() -> None:
     swapped |= {f"to_{x}.{i}.weight": state[f"to_{x}.{j}.weight"] for x in "kv" for i, j in enumerate(order)}
     with pytest.raises(ConfigError, match=r"mis-shaped: to_k.*expected"):
         checkpoint.load_tensors(make(unet), swapped, "swapped.safetensors")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("variant", "tokens"), [("base", 1), ("full", 5)])
+def test_no_image_may_be_zeros_or_the_features_of_a_black_picture(variant: str, tokens: int) -> None:
+    unet = trained_unet()
+    features = torch.randn(2, 1, tokens, 16)
+    zeros, black = (make(unet, variant=variant, no_image=word).null(features) for word in ("zeros", "black"))
+    assert not zeros.any()
+    assert black.any() and black.shape == features.shape
+    with pytest.raises(ConfigError, match="no_image is 'white'; allowed: None, zeros, black"):
+        make(unet, no_image="white")
