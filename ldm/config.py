@@ -53,6 +53,7 @@ class TrainConfig:
 
     steps: int = 1000  # optimizer steps
     batch: int = 32  # images per optimizer step, over all ranks and accumulation
+    items: int | None = None  # train on at most this many images of the set, spread over it; null = all
     micro_batch: int | None = None  # at most this many images per rank and forward; accumulation is derived
     lr: float = 1e-4  # peak learning rate
     warmup: int = 0  # optimizer steps of linear warm-up
@@ -106,6 +107,7 @@ class EvaluationConfig:
 
     measures: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # adapter -> measure, or list of them
     arms: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # name -> adapters, or {adapter: scale}
+    captions: str = "own"  # own | next (each item gets its neighbour's, a conflict) | any other text, for all items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +178,8 @@ class RunConfig:
 
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
-        ("train.steps", "train.batch", "train.micro_batch", "train.threads", "train.max_nonfinite"), (1, math.inf)
+        ("train.steps", "train.batch", "train.items", "train.micro_batch", "train.threads", "train.max_nonfinite"),
+        (1, math.inf),
     ),
     **dict.fromkeys(
         ("checkpoint.every", "log.every", "validation.every", "validation.items", "validation.images"), (1, math.inf)

@@ -1,8 +1,10 @@
-"""A fixed, spread-out part of a data set for held-out figures."""
+"""A fixed, spread-out part of a data set: for held-out figures, and for training on less."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from ldm.data.images import Batch, ImageData, Sample, collate
@@ -13,8 +15,39 @@ def spread(data: ImageData, items: int) -> Subset[Sample]:
 
     Folders are listed by style or class, so the first n of them would be of one kind only.
     """
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
-    return Subset(data, order[:items])
+    return Subset(data, _order(data)[:items])
+
+
+def _order(data: ImageData) -> list[int]:
+    return torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+class Part(ImageData):
+    """At most `items` samples of a set to train on, those of `spread`: a smaller part lies within a larger one."""
+
+    def __init__(self, data: ImageData, items: int) -> None:
+        self.data = data
+        self.rows = _order(data)[:items]
+
+    @property
+    def options(self) -> Any:
+        """Those of the whole set, None where it has none."""
+        return getattr(self.data, "options", None)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def load(self, index: int, generator: torch.Generator | None = None) -> Sample:
+        """See ImageData."""
+        return self.data.load(self.rows[index], generator)
+
+    def references(self, key: str) -> Sequence[str]:
+        """See ImageData; references are not left out."""
+        return self.data.references(key)
+
+    def reference(self, name: str) -> Tensor:
+        """See ImageData."""
+        return self.data.reference(name)
 
 
 def held_out(data: ImageData, items: int, batch: int, device: torch.device) -> Iterator[Batch]:

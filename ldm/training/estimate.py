@@ -146,9 +146,10 @@ class Blanks(ImageData):
 def _length(config: RunConfig) -> int | None:
     """Of the data; None if it is not there."""
     try:
-        return len(build.data(config.data))
+        length = len(build.data(config.data))
     except ConfigError:
         return None
+    return min(length, config.train.items or length)
 
 
 class _Replay:

@@ -10,6 +10,7 @@ import torch
 from ldm import build
 from ldm.config import RunConfig
 from ldm.data.images import collate
+from ldm.data.subset import Part
 from ldm.registry import ConfigError
 from ldm.training import clip, diffusion, distributed, loop, vae  # noqa: F401  (stages register on import)
 
@@ -36,6 +37,8 @@ def train(config: RunConfig) -> Path:
         with _deterministic(config.deterministic), distributed.session(config.device, config.train.threads) as rank:
             torch.manual_seed(config.seed)  # initial weights; everything later draws from (seed, purpose, position)
             data = build.data(config.data)
+            if config.train.items is not None:
+                data = Part(data, config.train.items)
             held_out = build.data(config.validation.data, "validation.data") if config.validation.data else None
             stage = build.stage(config).to(rank.device)
             stage.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
