@@ -80,6 +80,8 @@ smoke: setup ## every script end to end in .smoke/, a few steps each
 	@echo '== smoke: sample tiny'
 	@$(PY) scripts/sample.py --config configs/sample/tiny/controlnet.yaml out.dir=$(SMOKE)/outputs/tiny \
 		$(SMOKE_WEIGHTS_controlnet) adapters.edge.weights=$(SMOKE)/controlnet
+	@echo '== smoke: every ablation'
+	@$(PY) scripts/ablate.py --config configs/ablation budget=smoke --out $(SMOKE)/ablation
 	@echo '== smoke: dry run at SD1.5 size'
 	@$(PY) scripts/train.py --config configs/train/sd15/controlnet_canny.yaml --dry-run
 	@echo '== smoke: sample with the weights that ship'

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ldm import build, grid, registry
 from ldm.config import RunConfig
-from ldm.data.images import ImageData
+from ldm.data.images import Batch, ImageData
 from ldm.data.subset import held_out
 from ldm.evaluation.arms import Plan, plan
 from ldm.evaluation.obedience import Obedience, drawer, obedience
@@ -39,9 +39,14 @@ def evaluate(config: RunConfig) -> Evaluation:
     """
     if config.grid:
         raise ConfigError(f"grid has {', '.join(config.grid)}, but only sample.py sweeps; drop it for evaluation.arms")
+    if config.evaluation.captions == "next" and min(config.sample.batch, config.validation.items) < 2:
+        raise ConfigError(
+            "evaluation.captions is next, but sample.batch or validation.items is 1: an item has no neighbour"
+        )
     with distributed.session(config.device, config.train.threads) as rank:
         if rank.world > 1:
             raise ConfigError(f"evaluation runs on one rank, torchrun started {rank.world}; use plain python")
+        torch.manual_seed(config.seed)  # of what has no weights, an untrained backbone say: as it was in training
         stage = build.stage(config)
         choose_trainable(stage, config.train.trainable)  # what the run exported
         trained = _load_trained(stage, config)
@@ -101,10 +106,17 @@ def _load_trained(stage: Stage, config: RunConfig) -> list[Path]:
     return list(files)
 
 
+def _reworded(batch: Batch, captions: str) -> Batch:
+    """The batch with the captions that `evaluation.captions` asks for."""
+    words = {"own": batch.text, "next": batch.text[1:] + batch.text[:1]}
+    return dataclasses.replace(batch, text=words.get(captions, [captions] * len(batch.text)))
+
+
 def _obedience(
     stage: DiffusionStage, measured: Plan, data: ImageData, config: RunConfig, device: torch.device
 ) -> Obedience:
     sampler = registry.build("sampler", config.sample.sampler, schedule=stage.schedule)
     draw = drawer(stage, sampler, GuidanceConfig(**dataclasses.asdict(config.sample.guidance)))
     batches = tqdm(held_out(data, config.validation.items, config.sample.batch, device), desc="obedience")
-    return obedience(measured, batches, stage.hints, draw, seed=config.seed, pictures=PICTURES)
+    spoken = (_reworded(batch, config.evaluation.captions) for batch in batches)
+    return obedience(measured, spoken, stage.hints, draw, seed=config.seed, pictures=PICTURES)

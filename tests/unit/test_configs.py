@@ -19,7 +19,8 @@ from ldm.samplers import Sampler
 from ldm.training import estimate, stream
 
 ROOT = Path(__file__).resolve().parents[2] / "configs"
-EVERY = sorted(ROOT.rglob("*.yaml"))
+ABLATION = ROOT / "ablation"  # its tables are no run configs (tests/unit/test_ablation.py), but what they vary is
+EVERY = sorted(p for p in ROOT.rglob("*.yaml") if ABLATION not in p.parents or p.parent.name == "base")
 MODEL, DATA, TRAIN, SAMPLE = (sorted((ROOT / kind).rglob("*.yaml")) for kind in ("model", "data", "train", "sample"))
 TRAIN_WHAT = {"vae", "clip", "ldm", "controlnet", "t2i", "ip", "coadapter", "seecoder"}
 

@@ -1,0 +1,208 @@
+"""Figures of an ablation's rows: kept one by one, read as a table, compared with what the paper says."""
+
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, cast
+
+from ldm.ablation import plots
+from ldm.ablation.table import Claim, Table, parse_claim
+from ldm.evaluation.arms import CEILING, CHANCE
+from ldm.evaluation.intervals import Interval
+from ldm.registry import ConfigError
+
+STEEPEST: Final = "steepest_tenth"  # largest share of a curve's whole rise made within a tenth of training
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
+T: Final = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+COLUMNS: Final = ("row", "seed", "measure", "arm", "mean", "low", "high", "items", "config", "train_s", "measure_s")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run of one row.
+
+    Attributes:
+        row: its name.
+        seed: of the run.
+        arm: which arm of the evaluation was read; "" where figures are the stage's own.
+        figures: measure -> mean and 95 % interval over items (a point where there is none).
+        items: how many pictures.
+        config: digest of the run's config.
+        seconds: "train" and "measure".
+        course: step and value of the table's `curve`.
+    """
+
+    row: str
+    seed: int
+    arm: str
+    figures: Mapping[str, Interval]
+    items: int
+    config: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict[str, float])
+    course: Sequence[tuple[int, float]] = ()
+
+    def record(self) -> dict[str, Any]:
+        """As plain values."""
+        return dataclasses.asdict(self)
+
+
+def of(table: Table, row: str, seed: int, record: Mapping[str, Any], course: Sequence[tuple[int, float]]) -> Result:
+    """The table's figures in an evaluation's record. Raises: ConfigError if one is not there."""
+    measures = cast("Mapping[str, Mapping[str, Mapping[str, Any]]]", record.get("measures", {}))
+    flat = {name: rows for named in measures.values() for name, rows in named.items()}
+    drawn = [name for rows in flat.values() for name in rows if name not in (CEILING, CHANCE)]
+    arm = table.file.arm or (drawn[-1] if drawn else "")
+    figures: dict[str, Interval] = {}
+    for name in table.measures:
+        if name == STEEPEST and course:
+            figures[name] = _point(steepest(course))
+        elif arm in flat.get(name, {}):
+            figures[name] = Interval(**flat[name][arm])
+        elif name in record["figures"]:
+            figures[name] = _point(record["figures"][name])
+        else:
+            known = ", ".join([*record["figures"], *(f"{n} of {a}" for n, rows in flat.items() for a in rows)])
+            raise ConfigError(f"{table.name}: row {row!r} has no figure {name!r} of arm {arm!r}; there are {known}")
+    return Result(row, seed, arm, figures, int(record.get("items", 0)), course=course)
+
+
+def _point(value: float) -> Interval:
+    return Interval(value, value, value)
+
+
+def steepest(course: Sequence[tuple[int, float]]) -> float:
+    """Share of the whole rise that the steepest tenth of the steps made; 0.1 is a straight line, 1 a jump.
+
+    A tenth counts as long as the distance of two points where these lie further apart.
+    """
+    steps, values = zip(*course, strict=True)
+    span = max(0.1 * (steps[-1] - steps[0]), *(b - a for a, b in itertools.pairwise(steps)), 1)
+    rise = values[-1] - values[0]
+    best = max((y - v for s, v in course for x, y in course if 0 < x - s <= span), default=0.0)
+    return min(best / rise, 1.0) if rise > 0 else 0.0
+
+
+def read(file: Path, config: str) -> Result | None:
+    """A row's figures if they are there and of this config."""
+    try:
+        node = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    if node["config"] != config:
+        return None
+    figures = {name: Interval(**figure) for name, figure in node["figures"].items()}
+    course = tuple((int(step), float(value)) for step, value in node["course"])
+    known = {key: node[key] for key in ("row", "seed", "arm", "items", "config", "seconds")}
+    return Result(figures=figures, course=course, **known)
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """Mean with the 95 % interval of Student's t; without bounds (infinite) for a single value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Interval(mean, -math.inf, math.inf)
+    t = T[len(values) - 2] if len(values) - 2 < len(T) else 1.96
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)
+
+
+def verdict(claim: Claim, found: Sequence[Result]) -> tuple[str, Interval | None]:
+    """Does A > B hold? By the differences of the runs of one seed: both saw the same data, noise and prompts.
+
+    Returns: "agrees" or "does not" where the 95 % interval of their mean leaves out 0, else "too noisy", and the
+        interval; "not run" and None where no seed has both.
+    """
+    measure, greater, smaller = claim
+
+    def side(name: str | float) -> dict[int, float] | float:
+        if not isinstance(name, str):
+            return name
+        return {r.seed: r.figures[measure].mean for r in found if r.row == name and measure in r.figures}
+
+    a, b = side(greater), side(smaller)
+    seeds = sorted({r.seed for r in found})
+    pairs = [(a[s] if isinstance(a, dict) else a, b[s] if isinstance(b, dict) else b)
+             for s in seeds if (not isinstance(a, dict) or s in a) and (not isinstance(b, dict) or s in b)]  # fmt: skip
+    if not pairs:
+        return "not run", None
+    interval = over_seeds([x - y for x, y in pairs])
+    if interval.low > 0:
+        return "agrees", interval
+    return ("does not" if interval.high < 0 else "too noisy"), interval
+
+
+def write(table: Table, found: Sequence[Result], out: Path) -> None:
+    """`table.csv`, `table.md` and, where matplotlib is installed, `plot.png`."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.csv").write_text(as_csv(found), encoding="utf-8")
+    (out / "table.md").write_text(markdown(table, found) + "\n", encoding="utf-8")
+    plots.draw(table, found, out / "plot.png")
+
+
+def as_csv(found: Sequence[Result]) -> str:
+    """One line per run and measure."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for r in found:
+        times = (r.seconds.get("train", 0.0), r.seconds.get("measure", 0.0))
+        for name, f in r.figures.items():
+            numbers = (f"{x:.6g}" for x in (f.mean, f.low, f.high))
+            writer.writerow((r.row, r.seed, name, r.arm, *numbers, r.items, r.config, *times))
+    return text.getvalue()
+
+
+def from_csv(text: str) -> list[Result]:
+    """What `as_csv` wrote, but for the courses."""
+    found: dict[tuple[str, int], Result] = {}
+    for line in csv.DictReader(io.StringIO(text)):
+        key = line["row"], int(line["seed"])
+        seconds = {"train": float(line["train_s"]), "measure": float(line["measure_s"])}
+        before = found.get(key) or Result(*key, line["arm"], {}, int(line["items"]), line["config"], seconds)
+        figure = Interval(*(float(line[name]) for name in ("mean", "low", "high")))
+        found[key] = dataclasses.replace(before, figures={**before.figures, line["measure"]: figure})
+    return list(found.values())
+
+
+def markdown(table: Table, found: Sequence[Result]) -> str:
+    """The rows, mean over seeds with interval, and what becomes of the paper's claims."""
+    head = ["", *(name.replace("_", " ") for name in table.measures), "seeds"]
+    lines = [head, ["---"] * len(head)]
+    for row in table.rows:
+        runs = [r for r in found if r.row == row.name]
+        if runs:
+            cells = [_cell([r.figures[name] for r in runs]) for name in table.measures]
+            lines.append([row.name, *cells, str(len(runs))])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    claims = "\n".join(f"- {line}" for line in _claims(table, found))
+    return f"{text}\n\n{claims}" if claims else text
+
+
+def _cell(figures: Sequence[Interval]) -> str:
+    """Mean over seeds and its interval; of one seed, the interval over its items."""
+    if len(figures) == 1:
+        one = figures[0]
+        return f"{one.mean:.4g}" if one.low == one.high else f"{one.mean:.4g} [{one.low:.4g}, {one.high:.4g}]"
+    all_ = over_seeds([f.mean for f in figures])
+    return f"{all_.mean:.4g} ± {all_.high - all_.mean:.2g}"
+
+
+def _claims(table: Table, found: Sequence[Result]) -> list[str]:
+    lines: list[str] = []
+    for text in table.file.expect:
+        word, interval = verdict(parse_claim(text, table), found)
+        if interval is None:
+            size = ""
+        elif math.isinf(interval.low):
+            size = f" (difference {interval.mean:+.3g}, one seed)"
+        else:
+            size = f" (difference {interval.mean:+.3g} [{interval.low:+.3g}, {interval.high:+.3g}])"
+        lines.append(f"`{text}`: **{word}**{size}")
+    return lines

@@ -1,0 +1,119 @@
+"""Train and measure every row of a table on every seed; what is done already is not done again."""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from ldm.ablation import results
+from ldm.ablation.results import Result
+from ldm.ablation.table import Row, Table, check, run_name, trains
+from ldm.config import RunConfig, RunDir
+from ldm.evaluation.run import evaluate
+from ldm.training import checkpoint, run
+from ldm.training.distributed import Rank
+
+log = logging.getLogger(__name__)
+RUNS: Final = "runs"  # of all tables of a budget: they share trainings
+
+
+def plan(table: Table, out: Path) -> str:
+    """What running the table would do: a line per row and seed, and what is done already."""
+    lines: list[str] = []
+    named: set[str] = set()
+    for row in table.rows:
+        for seed in table.seeds:
+            config, folder = row.config(seed, drawing=False), run_name(row, seed)
+            if results.read(_file(table, row, seed, out), row.key(seed)):
+                what = "done"
+            elif not trains(config):
+                what = "measure the weights that the config names"
+            elif folder in named or _trained(out / table.budget / RUNS / folder, config):
+                what = f"measure {folder}"
+            else:
+                what = f"train {folder}, {config.train.steps:,} steps of {config.train.batch}, and measure it"
+            named.add(folder)
+            lines.append(f"{table.name} | {row.name} | seed {seed} | {what}")
+    return "\n".join(lines)
+
+
+def execute(table: Table, out: Path, rank: Rank) -> list[Result]:
+    """Run the table, within a session of ranks (`ldm.training.distributed.session`).
+
+    A row's training is a run folder below `<out>/<budget>/runs`, which goes on where it stopped; its figures are a file
+    of `<out>/<budget>/<table>/`, which is not made again unless the config has changed. The table itself is written
+    there by rank 0 after every row, so that what is there is always the table of what is done.
+
+    Raises: ConfigError, before anything is trained, if a row cannot be built.
+    """
+    check(table)
+    found: list[Result] = []
+    total = len(table.rows) * len(table.seeds)
+    for row in table.rows:
+        for seed in table.seeds:
+            result = _measured(table, row, seed, out, rank)
+            found.append(result)
+            figures = ", ".join(f"{name} {figure.mean:.4g}" for name, figure in result.figures.items())
+            log.info("%d of %d: %s, %s, seed %d: %s", len(found), total, table.name, row.name, seed, figures)
+            if rank.main:
+                results.write(table, found, folder(table, out))
+    return found
+
+
+def folder(table: Table, out: Path) -> Path:
+    """Where a table and its figures are."""
+    return out / table.budget / table.name
+
+
+def _file(table: Table, row: Row, seed: int, out: Path) -> Path:
+    return folder(table, out) / "rows" / f"{row.slug}-seed{seed}.json"
+
+
+def _trained(run_dir: Path, config: RunConfig) -> bool:
+    """Whether the run has made all of its steps."""
+    last = checkpoint.latest(run_dir)
+    return last is not None and int(last.name.removeprefix("step-")) >= config.train.steps
+
+
+def _measured(table: Table, row: Row, seed: int, out: Path, rank: Rank) -> Result:
+    """The row's figures: those that are there, or new ones."""
+    file, drawn = _file(table, row, seed, out), row.config(seed)
+    if known := rank.told(results.read(file, row.key(seed)) if rank.main else None):
+        return known
+    trained, where = row.config(seed, drawing=False), file.with_suffix("")
+    clock = time.perf_counter()
+    if trains(trained):
+        where = out / table.budget / RUNS / run_name(row, seed)
+        if not rank.told(_trained(where, trained)):
+            run.train(replace(trained, run=RunDir(str(where))))
+    middle = time.perf_counter()
+    record = evaluate(replace(drawn, run=RunDir(str(where)))).record()
+    seconds = {"train": round(middle - clock, 1), "measure": round(time.perf_counter() - middle, 1)}
+    course = _course(where, table.file.curve) if table.file.curve else ()
+    result = results.of(table, row.name, seed, record, course)
+    result = replace(result, config=row.key(seed), seconds=seconds)
+    if rank.main:
+        _keep(result, record, where, file)
+    return result
+
+
+def _keep(result: Result, record: Mapping[str, Any], where: Path, file: Path) -> None:
+    """Write a row's figures, whole or not at all, and its pictures."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    grid = where / "eval" / "grid.png"
+    if grid.exists():
+        shutil.copyfile(grid, file.with_suffix(".png"))
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**result.record(), "evaluation": record}, indent=1), encoding="utf-8")
+    temporary.replace(file)
+
+
+def _course(where: Path, measure: str) -> tuple[tuple[int, float], ...]:
+    """Step and value of a measure that validation logged, of whichever adapter has it."""
+    lines = (where / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    found = ((line["step"], key, value) for line in map(json.loads, lines) for key, value in line.items())
+    return tuple((step, value) for step, key, value in found if key.partition(".")[2] == measure)

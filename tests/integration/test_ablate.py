@@ -1,0 +1,89 @@
+"""scripts/ablate.py end to end: a table of the tiny model, interrupted and gone on with."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from ldm.ablation import run
+from scripts import ablate
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(ROOT)
+    base = ROOT / "configs" / "ablation" / "base" / "controlnet_smoke.yaml"
+    file = tmp_path / "some" / "conv.yaml"
+    file.parent.mkdir()
+    file.write_text(
+        "paper: P\nquestion: Q?\nsays: S.\nmeasure: [edge_f1, loss]\nexpect: [zero > weak]\n"
+        f"budgets: {{smoke: {base}}}\n"
+        "rows: {zero: {}, weak: {adapters.*.scale: 0.5}, gaussian: {adapters.*.zero_conv: gaussian}}\n"
+    )
+    return file
+
+
+def read(out: Path) -> list[list[str]]:
+    """The table without what clocks said."""
+    with (out / "smoke" / "some" / "conv" / "table.csv").open() as file:
+        return [line[:-2] for line in csv.reader(file)]
+
+
+def test_interrupted_table_goes_on_and_is_the_same(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ablate_into(name: str) -> None:
+        ablate.main(["--config", str(table), "budget=smoke", "--out", str(tmp_path / name)])
+
+    ablate_into("whole")
+    assert "| weak |" in capsys.readouterr().out
+    rows = read(tmp_path / "whole")
+    assert [line[0] for line in rows[1:]] == ["zero", "zero", "weak", "weak", "gaussian", "gaussian"]
+    assert len(list((tmp_path / "whole" / "smoke" / "runs").iterdir())) == 2, "weak is drawn with the weights of zero"
+
+    evaluate, calls = run.evaluate, list[str]()
+
+    def failing(config: object) -> object:
+        calls.append("")
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(config)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(run, "evaluate", failing)
+    with pytest.raises(SystemExit) as exit_:
+        ablate_into("again")
+    assert exit_.value.code == 130
+    assert read(tmp_path / "again") == rows[:3]
+    ablate_into("again")
+    assert len(calls) == 4, "one of the first start, the one interrupted, two of the second"
+    assert read(tmp_path / "again") == rows
+
+
+def test_dry_run_lists_what_is_to_do_and_trains_nothing(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ablate.main(["--config", str(table), "budget=smoke", "--out", str(tmp_path / "out"), "--dry-run"])
+    text = capsys.readouterr().out
+    assert "some/conv | zero | seed 0 | train controlnet-" in text
+    assert "some/conv | weak | seed 0 | measure controlnet-" in text
+    assert "optimizer" in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["budget=long"], "budget is 'long'"),
+        (["budget=smoke", "train.stepz=1"], "unknown key 'train.stepz'"),
+        (["report"], "name --config FILE, or one of the commands"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    table: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        ablate.main(["--config", str(table), *words])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
