@@ -21,6 +21,7 @@ from adapters.layers import FrozenEncoder, blank_tower
 from ldm.control import Adapter, Control
 from ldm.convert import files
 from ldm.models.clip import ImageTower
+from ldm.models.dropout import Dropout
 from ldm.models.swin import Swin
 from ldm.models.unet import UNet
 from ldm.registry import ConfigError, register
@@ -117,7 +118,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.linear1 = nn.Linear(dim, hidden)
         self.linear2 = nn.Linear(hidden, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens b n dim -> b n dim."""
@@ -134,7 +135,7 @@ class DecoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim, o.decoder_hidden, o.dropout)
         self.norm2 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(o.dropout)
+        self.dropout = Dropout(o.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens b n dim -> b n dim."""
@@ -192,7 +193,7 @@ class Position(nn.Module):
         nn.init.zeros_(self.mlp[-1].weight)  # pyright: ignore[reportArgumentType]
 
     def forward(self, size: tuple[int, int]) -> Tensor:
-        """Map size (h, w) -> codes 1 h*w dim. In training the grid is shifted by up to half a cell."""
+        """Map size (h, w) -> codes 1 h*w dim. Each training step shifts the grid by up to half a cell."""
         weight: Tensor = self.mlp[0].weight  # pyright: ignore[reportAssignmentType]
         shortest = min(size)
         shift = torch.rand(2) - 0.5 if self.training else torch.zeros(2)

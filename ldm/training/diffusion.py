@@ -163,7 +163,7 @@ class DiffusionStage(Stage):
     def forward(self, batch: Batch | Latents, draws: Draws, player: str, step: int) -> Loss:
         """Weighted squared error at random timesteps. See Stage.forward."""
         o = self.options
-        draws.seed_layers()
+        draws.seed_layers(self.denoiser, step)
         x0, base = self._encode(batch, draws)
         t = draws.timesteps(o.timestep_sampling, self.schedule.steps)
         eps = draws.normal("noise", *x0.shape[1:])

@@ -1,16 +1,16 @@
 """Random numbers of a training step as functions of (run seed, purpose, global sample position).
 
 Rank, worker and accumulation split do not enter, so a run is the same however its batch is divided, and resuming
-needs no generator state. Layers that draw for themselves (dropout) do so by the micro-batch's first position: they
-resume exactly, and depend on the split.
+needs no generator state. Layers that draw for themselves draw by position too (dropout), or by optimizer step.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ldm.models.dropout import Dropout
 from ldm.transfer import send
 
 SAMPLINGS = ("uniform", "cubic")  # of timesteps
@@ -42,9 +42,19 @@ class Draws:
         self.positions = positions
         self.device = device
 
-    def seed_layers(self) -> None:
-        """Seed torch's own generators, which layers draw from (dropout): by the first row, so by the micro-batch."""
-        torch.manual_seed(_hashed(self.seed, "layers", self.positions[0]))
+    def seed_layers(self, network: nn.Module, step: int) -> None:
+        """Seed what layers draw for themselves: a `Dropout` by the rows' positions, torch's own generators by step.
+
+        Args:
+            network: whose layers they are, about to see these rows.
+            step: of the optimizer, 0-based: what is drawn once for all pictures is the same in all its micro-batches.
+        """
+        torch.manual_seed(_hashed(self.seed, "layers", step))
+        seeds = [_hashed(self.seed, "dropout", p) for p in self.positions]
+        generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+        for layer in network.modules():
+            if isinstance(layer, Dropout):
+                layer.generators = generators
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
         """Standard normal, b *shape, float32."""

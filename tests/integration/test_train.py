@@ -1,10 +1,7 @@
 """The training loop end to end on synthetic data: learning, exact resume, ranks, faults, errors."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from ldm import config
 from ldm.registry import ConfigError
 from ldm.training import checkpoint, optim, run
 from scripts import train
+from tests.ranks import launch_two_ranks
 from tests.small import figures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,24 +93,6 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
             if key.endswith("in_proj_bias"):  # softmax ignores key biases: their gradient is rounding, blown up by Adam
                 x, y = (torch.cat([v.chunk(3)[0], v.chunk(3)[2]]) for v in (x, y))
             torch.testing.assert_close(x, y, atol=2e-5, rtol=1e-4, msg=lambda m, w=what, k=key: f"{w} {k}: {m}")
-
-
-def launch_two_ranks(runs: list[list[str]], folder: Path) -> None:
-    """Trainings one after another in the same two processes: starting those takes longest."""
-    program = folder / "trainings.py"
-    lines = [
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})",
-        "import torch.distributed as dist",
-        "from scripts import train",
-        "dist.init_process_group('gloo')",
-        f"for args in {runs!r}: train.main(args)",
-        "dist.destroy_process_group()",
-    ]
-    program.write_text("\n".join(lines))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launcher, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_accumulation_equals_one_big_batch(tmp_path: Path) -> None:

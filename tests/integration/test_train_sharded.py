@@ -4,10 +4,7 @@ The two-rank runs share two processes, since starting those takes longest; singl
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import adapters  # noqa: F401
 from ldm import config
 from ldm.registry import ConfigError
 from ldm.training import checkpoint, run
+from tests.ranks import launch_two_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "configs" / "train" / "tiny"
@@ -36,29 +34,25 @@ PARTIAL += ["fuser={name: coadapter, depth: 1, tasks: {sketch: canny}}", 'train.
 PARTIAL += ["stage.all_or_none=[0.1, 0.1]", "stage.drop_hint=0.5", "data.reference=true", "checkpoint.every=1"]
 KINDS = ("optimizer", "full")
 
-PROGRAM = """
-import json, sys
+PROLOGUE = """
+import json
 from pathlib import Path
-sys.path.insert(0, ROOT)
-import torch.distributed as dist
-from ldm.training import distributed, shards
-from scripts import train
+from ldm.training import distributed, run, shards
 
-real = shards.shard
+begin, real = run.train, shards.shard
+def named(config):
+    global folder
+    folder = Path(config.run.dir).parent
+    folder.mkdir(exist_ok=True)
+    return begin(config)
 def noted(stage, how, rank):
     real(stage, how, rank)
     held = {True: [0, 0], False: [0, 0]}
     for p in stage.trained.parameters():
         held[p.requires_grad][0] += distributed.local(p).numel()
         held[p.requires_grad][1] += p.numel()
-    Path(folder, f"held-{rank.index}.json").write_text(json.dumps(held))
-shards.shard = noted
-
-dist.init_process_group("gloo")
-for folder, args in RUNS:
-    Path(folder).mkdir(exist_ok=True)
-    train.main(args)
-dist.destroy_process_group()
+    (folder / f"held-{rank.index}.json").write_text(json.dumps(held))
+run.train, shards.shard = named, noted
 """
 
 
@@ -68,15 +62,6 @@ def overrides(folder: Path, *more: str) -> list[str]:
 
 def start(what: str, folder: Path, *more: str) -> Path:
     return run.train(config.load(TINY / f"{what}.yaml", overrides(folder, *more)))
-
-
-def launch_two_ranks(runs: list[tuple[str, Path, list[str]]], folder: Path) -> None:
-    made = [(str(f), ["--config", str(TINY / f"{what}.yaml"), *overrides(f, *more)]) for what, f, more in runs]
-    program = folder / "trainings.py"
-    program.write_text(PROGRAM.replace("ROOT", repr(str(ROOT))).replace("RUNS", repr(made)))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]
-    done = subprocess.run(launcher, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def scalars(folder: Path, key: str) -> list[float]:
@@ -113,7 +98,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     planned += [("ldm", two / "ldm joined", ["train.shard=full", "train.steps=12"])]
     ends = [f"train.steps={n}" for n in (2, 3)]
     planned += [("t2i_adapter_sketch", two / "partial", ["train.shard=full", base, *PARTIAL, end]) for end in ends]
-    launch_two_ranks(planned, two)
+    runs = [["--config", str(TINY / f"{what}.yaml"), *overrides(f, *more)] for what, f, more in planned]
+    launch_two_ranks(runs, two, PROLOGUE)
     return Runs(one, two)
 
 

@@ -7,15 +7,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import adapters  # noqa: F401  registers them
 from ldm import build
 from ldm.config import TrainConfig, from_mapping
 from ldm.control import Control
 from ldm.data.images import Batch, ImageData, collate
-from ldm.training import checkpoint, optim
+from ldm.training import checkpoint, optim, stream
 from ldm.training.cache import LatentData
 from ldm.training.diffusion import DiffusionStage
+from ldm.training.distributed import Rank
 from ldm.training.draws import Draws
 from ldm.training.stage import choose_trainable, networks
 from tests.small import waken
@@ -54,6 +56,39 @@ def batch() -> Batch:
 
 def loss(this: DiffusionStage, of: Any, step: int = 0) -> Tensor:
     return this(of, Draws(3, range(4 * step, 4 * step + 4)), "model", step).total
+
+
+def told(this: DiffusionStage, world: int, micro: int, step: int = 3) -> dict[int, Any]:
+    """Global position -> x_t, t, caption's condition and hints, of one step of 8 copies of one sample."""
+    found: dict[int, Any] = {}
+    for index in range(world):
+        for where in stream.positions(step, micro, 8 // micro // world, Rank(index, world, torch.device("cpu"))):
+            hook = this.denoiser.register_forward_pre_hook(lambda _, args, w=where: found.update(rows(w, args)))
+            this(collate([data()[0]] * len(where)), Draws(3, where), "model", step)
+            hook.remove()
+    return found
+
+
+def rows(where: list[int], args: Any) -> dict[int, list[Tensor]]:
+    leaves = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+    return {p: [leaf[i] for leaf in leaves] for i, p in enumerate(where)}
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 2), (2, 4), (2, 2), (4, 1)])
+def test_a_samples_noise_time_and_dropped_conditions_are_its_own_on_any_rank(world: int, micro: int) -> None:
+    this = stage(drop_text=0.5, drop_hint=0.5, offset_noise=0.1)
+    alone, shared = told(this, 1, 8), told(this, world, micro)
+    assert alone.keys() == shared.keys() == set(range(24, 32))
+    for position, expected in alone.items():  # x0 is encoded in batches of other sizes: equal to rounding
+        torch.testing.assert_close(shared[position], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_ranks_draw_different_noise_times_and_dropped_conditions() -> None:
+    found = told(stage(drop_text=0.5, drop_hint=0.5), 2, 4)
+    ranks = [[found[24 + 4 * index + i] for i in range(4)] for index in range(2)]
+    ones, twos = ([torch.stack(parts) for parts in zip(*rank, strict=True)] for rank in ranks)
+    assert (ones[0] - twos[0]).flatten(1).norm(dim=1).min() > 1  # x_t of the one sample
+    assert all(not torch.equal(a, b) for a, b in zip(ones, twos, strict=True)) and len(ones) == 5
 
 
 def train(this: DiffusionStage, steps: int) -> None:

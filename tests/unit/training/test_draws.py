@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ldm.models.dropout import Dropout
 from ldm.training.draws import Draws, cubic, generator
 from ldm.transfer import send
 
@@ -28,13 +29,30 @@ def test_global_random_state_is_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_layers_draw_by_the_first_position() -> None:
-    def drawn(seed: int, *positions: int) -> torch.Tensor:
-        Draws(seed, positions).seed_layers()
-        return torch.nn.functional.dropout(torch.ones(64))
+@pytest.mark.parametrize("split", [[[4, 5, 6, 7]], [[4, 5], [6, 7]], [[6], [4], [7], [5]]])
+def test_dropout_draws_for_each_position_whatever_shares_its_batch(split: list[list[int]]) -> None:
+    layer, twice = Dropout(0.5), 2  # rows of each sample
 
-    assert torch.equal(drawn(0, 7, 8), drawn(0, 7, 9))
-    assert not torch.equal(drawn(0, 7), drawn(0, 8)) and not torch.equal(drawn(0, 7), drawn(1, 7))
+    def dropped(positions: list[int], seed: int = 0) -> torch.Tensor:
+        Draws(seed, positions).seed_layers(layer, 0)
+        first, second = layer(torch.ones(twice * len(positions), 64)), layer(torch.ones(twice * len(positions), 64))
+        assert not torch.equal(first, second)
+        return torch.stack([first, second]).view(2, len(positions), twice, 64)
+
+    together = dropped([4, 5, 6, 7])
+    for positions in split:
+        assert torch.equal(dropped(positions), together[:, [p - 4 for p in positions]])
+    assert len({row.numpy().tobytes() for row in together.flatten(0, 2)}) == 2 * 4 * twice
+    assert not torch.equal(dropped([4], seed=1), together[:, :1])
+
+
+def test_what_layers_draw_for_all_is_drawn_by_the_step() -> None:
+    def drawn(seed: int, step: int, *positions: int) -> torch.Tensor:
+        Draws(seed, positions).seed_layers(Dropout(0.5), step)
+        return torch.rand(8)
+
+    assert torch.equal(drawn(0, 3, 7, 8), drawn(0, 3, 9))
+    assert not torch.equal(drawn(0, 3, 7), drawn(0, 4, 7)) and not torch.equal(drawn(0, 3, 7), drawn(1, 3, 7))
 
 
 def test_draws_follow_their_distributions() -> None:
