@@ -27,7 +27,7 @@ from ldm.convert.keymap import grouped, nearest
 from ldm.convert.model import not_finite
 from ldm.registry import ConfigError
 from ldm.training import shards
-from ldm.training.distributed import Rank
+from ldm.training.distributed import Rank, is_lost
 
 log = logging.getLogger(__name__)
 MARKER = "COMPLETE"
@@ -62,12 +62,10 @@ def save(
     target = run / "checkpoints" / f"step-{step:08d}"
     temporary = target.with_name(target.name + ".tmp")
     try:
-        if pieces is None or pieces.rank.main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            _check_room(temporary, _bytes([weights, state, pieces.shards if pieces else {}]))
-        if pieces is not None:
-            pieces.rank.barrier()  # the folder is there
+        if pieces is None:
+            _make_room(temporary, _bytes([weights, state]))
+        else:
+            _make_room_for_all(temporary, _bytes([weights, state, pieces.shards]), pieces.rank)
             shards.write(temporary / SHARDS, pieces.shards)
             if not pieces.rank.main:
                 return target
@@ -83,6 +81,8 @@ def save(
         os.replace(temporary, target)
         _flush(target.parent)
     except (OSError, RuntimeError) as error:
+        if is_lost(error):
+            raise
         shutil.rmtree(temporary, ignore_errors=True)
         raise ConfigError(
             f"checkpoint {target} could not be written ({_reason(error)}); older ones are intact: make room and retry"
@@ -118,6 +118,25 @@ def _step(folder: Path) -> int:
 
 def _bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _make_room(folder: Path, needed: int) -> None:
+    """Make an empty folder. Raises: OSError if it cannot be made, or the disk has less room than the tensors take."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    _check_room(folder, needed)
+
+
+def _make_room_for_all(folder: Path, needed: int, rank: Rank) -> None:
+    """`_make_room` by rank 0, whose error all ranks raise: none of them waits for shards that it will not write."""
+    failure: OSError | None = None
+    if rank.main:
+        try:
+            _make_room(folder, needed)
+        except OSError as error:
+            failure = error
+    if (told := rank.told(failure)) is not None:
+        raise told
 
 
 def _check_room(folder: Path, needed: int) -> None:

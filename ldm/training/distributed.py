@@ -5,7 +5,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import Any, Final, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ldm.registry import ConfigError
 
 T = TypeVar("T")
+PATIENCE: Final = timedelta(minutes=30)  # for a rank that hangs: longer than any validation by rank 0 alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,8 @@ def session(device: str = "auto", threads: int | None = None) -> Iterator[Rank]:
     Args:
         device: auto | cpu | cuda.
         threads: torch CPU threads of this process; None keeps torch's default.
+
+    Raises: ConfigError if another rank has ended, or has not answered for `PATIENCE`.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -88,12 +92,24 @@ def session(device: str = "auto", threads: int | None = None) -> Iterator[Rank]:
         torch.cuda.set_device(rank.device)
     joins = world > 1 and not dist.is_initialized()
     if joins:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if rank.device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if rank.device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield rank
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise ConfigError(
+            f"rank {rank.index} of {world} has lost another rank ({str(error).splitlines()[0]}): its own message says "
+            "why, if it could give one; the same command continues at the newest checkpoint"
+        ) from error
     finally:
         if joins:
             dist.destroy_process_group()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a collective call failed because another rank is gone or does not answer."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 def wrap(module: nn.Module, rank: Rank, *, partial: bool = False) -> nn.Module:

@@ -78,7 +78,6 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
             stopping = rank.any(bool(asked.name)) and state.step < config.train.steps
             if stopping or _due(state, config.checkpoint.every, config):
                 state_module.save(config, stage, state, folder, rank)
-                rank.barrier()
             if stopping:
                 raise Stopped(f"stopped by {asked.name or 'another rank'} at step {state.step} of {config.train.steps}")
             if held_out is not None and _due(state, config.validation.every, config):  # after the checkpoint: may fail

@@ -44,10 +44,20 @@ class State:
 
 
 def save(config: RunConfig, stage: Stage, state: State, run: Path, rank: Rank) -> None:
-    """Write a checkpoint: shared weights are the averaged ones where there is an EMA. All ranks call it.
+    """Write a checkpoint: shared weights are the averaged ones where there is an EMA. All ranks call and wait for it.
 
-    Raises: as `checkpoint.save`.
+    Raises: as `checkpoint.save`, on all ranks.
     """
+    failure: ConfigError | None = None
+    try:
+        _save(config, stage, state, run, rank)
+    except ConfigError as error:
+        failure = error
+    if (told := rank.told(failure) or failure) is not None:
+        raise told
+
+
+def _save(config: RunConfig, stage: Stage, state: State, run: Path, rank: Rank) -> None:
     training, parts = shards.take(_training(config, stage, state))
     if not (rank.main or parts):
         return

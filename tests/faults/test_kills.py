@@ -6,9 +6,6 @@
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.training import checkpoint
+from tests.ranks import finish, start_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("FAULT_KILLS", "50"))
 EVERY = 5  # steps between checkpoints
 STEPS = 150
@@ -29,28 +26,8 @@ CONFIG += ["train.ema=0.9", "checkpoint.keep_last=2", "device=cpu"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
-Ranks = list[subprocess.Popen[bytes]]
-
-
-def start(run: Path, world: int) -> Ranks:
-    """All ranks of a training, in one process group of their own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "scripts/train.py", *CONFIG, f"run.dir={run}"]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-    ranks: Ranks = []
-    for rank in range(world):
-        environment = os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        leader = ranks[0].pid if ranks else 0
-        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, process_group=leader))
-    return ranks
-
-
-def finish(ranks: Ranks) -> None:
-    """Wait for all, which must end well."""
-    errors = [process.communicate(timeout=600)[1].decode()[-2000:] for process in ranks]
-    assert [process.returncode for process in ranks] == [0] * len(ranks), errors
+def command(run: Path) -> list[str]:
+    return ["scripts/train.py", *CONFIG, f"run.dir={run}"]
 
 
 def newest(run: Path) -> int:
@@ -69,7 +46,7 @@ def logged(run: Path) -> int:
 
 def life(run: Path, world: int, chance: random.Random) -> bool:
     """Train until a random moment, then kill every rank. Returns whether all had ended well before."""
-    ranks = start(run, world)
+    ranks = start_ranks(command(run), world)
     limit = time.monotonic() + 120
     if chance.random() < 0.8:  # else in the midst of starting
         before = logged(run)
@@ -91,7 +68,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str,
     found: dict[int, dict[str, torch.Tensor]] = {}
     for world in (1, 2):
         run = tmp_path_factory.mktemp("whole") / str(world)
-        finish(start(run, world))
+        finish(start_ranks(command(run), world))
         found[world] = weights(run)
     return found
 
