@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.evaluation.fidelity import edge_f1, psnr
+from ldm.evaluation.fidelity import edge_f1, psnr, ssim
 
 
 def lines(*pixels: tuple[int, int], size: int = 8) -> Tensor:
@@ -61,3 +61,21 @@ def test_edge_f1_is_per_image_and_symmetric() -> None:
     edges = torch.cat([lines((1, 1)), lines((1, 1)), lines()])
     hint = torch.cat([lines((1, 1)), lines((6, 6)), lines()])
     assert edge_f1(edges, hint).tolist() == edge_f1(hint, edges).tolist() == [1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 17), (1, 11, 11)])
+def test_ssim_is_scikit_images(shape: tuple[int, int, int]) -> None:
+    metrics = pytest.importorskip("skimage.metrics")
+    x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    y = (0.7 * x + 0.3 * torch.rand(2, *shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    how = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0, "channel_axis": 0}
+    pairs = zip(x.double().numpy(), y.double().numpy(), strict=True)
+    expected = [metrics.structural_similarity(a, b, **how) for a, b in pairs]
+    assert ssim(x, y).tolist() == pytest.approx(expected, abs=1e-6)
+    assert ssim(x, x).tolist() == pytest.approx([1, 1])
+    assert 0.3 < expected[0] < 0.95
+
+
+def test_ssim_needs_room_for_its_window() -> None:
+    with pytest.raises(ValueError, match=r"ssim: picture is 10x40 \(h w\), sides must be at least 11"):
+        ssim(torch.rand(1, 3, 10, 40), torch.rand(1, 3, 10, 40))
