@@ -103,9 +103,14 @@ class ValidationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """What evaluate.py draws and measures where there are adapters (ldm.evaluation.arms); empty = by their hints."""
+    """What evaluate.py draws and measures (ldm.evaluation.arms, docs/evaluation.md)."""
 
-    measures: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # adapter -> measure, or list of them
+    measures: dict[str, Any] = dataclasses.field(
+        default_factory=dict[str, Any]
+    )  # adapter -> measure, or list; empty = by hint
+    pictures: Any = None  # measures of every arm's pictures beside the item's caption or own picture: one, or a list
+    sets: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # name -> ldm.evaluation.sets.SetOptions
+    cache: str = "runs/features"  # folder of features of reference pictures, kept by content
     arms: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # name -> adapters, or {adapter: scale}
     captions: str = "own"  # own | next (each item gets its neighbour's, a conflict) | any other text, for all items
 

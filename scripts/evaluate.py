@@ -1,9 +1,15 @@
-"""Held-out figures of trained weights, written to RUN/eval/.
+"""Held-out figures of trained weights, or of a folder of pictures, written to RUN/eval/ or FOLDER/eval/.
 
 python scripts/evaluate.py --config configs/train/emoji/controlnet.yaml        the newest checkpoint of its run folder
+python scripts/evaluate.py --run runs/emoji/controlnet                         the same, by the run's own config
 python scripts/evaluate.py --config configs/evaluate/emoji/sketch_color.yaml   adapters of several runs, alone, together
+torchrun --nproc-per-node 8 scripts/evaluate.py ...                            the items shared out, the same table
+
+What is measured of the pictures themselves and of sets of them: evaluation.pictures and evaluation.sets
+(docs/evaluation.md).
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +22,17 @@ from ldm.registry import ConfigError
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with command-line arguments. Exits with code 2 and one line on bad input."""
-    args = config.parser(__doc__ or "", dry_run=False).parse_intermixed_args(argv)
+    parser = config.parser(__doc__ or "", dry_run=False)
+    parser.add_argument("--run", metavar="RUN", help="run folder: its config.yaml, its newest checkpoint")
+    args = parser.parse_intermixed_args(argv)
     with config.user_errors():
+        if args.run is not None:
+            if args.config is not None:
+                raise ConfigError(f"--run is {args.run} and --config {args.config}; give one of them")
+            args.config = str(Path(args.run) / "config.yaml")
+            args.overrides = [f"run.dir={args.run}", *args.overrides]
         if args.config is None:
-            raise ConfigError("--config is missing; e.g. --config configs/train/emoji/vae.yaml")
+            raise ConfigError("--config is missing; e.g. configs/train/emoji/vae.yaml; or give --run runs/emoji/vae")
         cfg = config.load(args.config, args.overrides)
         if (text := explain.asked(args, cfg, args.config, args.overrides)) is not None:
             print(text)
@@ -28,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         import ldm.training.run  # noqa: F401  registers the stages
         from ldm.evaluation import run
 
-        print(run.evaluate(cfg).markdown())
+        result = run.evaluate(cfg)
+        if os.environ.get("RANK", "0") == "0":  # of torchrun
+            print(result.markdown())
 
 
 if __name__ == "__main__":

@@ -70,6 +70,9 @@ def state(path: Path, module: nn.Module, prefix: str, parts: Mapping[str, str]) 
     own = module.state_dict().keys()
     if not path.is_dir():
         tensors = files.read(path)
+        bare = {f"net.{k}": v for k, v in tensors.items() if k != "mask_token"}  # as timm publishes a network
+        if not prefix and not parts and bare.keys() == own:
+            tensors = bare
         if prefix or not parts or tensors.keys() == own:
             picked = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
             if not picked:

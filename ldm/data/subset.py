@@ -1,6 +1,6 @@
 """A fixed, spread-out part of a data set: for held-out figures, and for training on less."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,24 @@ class Part(ImageData):
         return self.data.reference(name)
 
 
-def held_out(data: ImageData, items: int, batch: int, device: torch.device) -> Iterator[Batch]:
-    """`spread(data, items)` in batches of at most `batch`, on `device`."""
-    for samples in DataLoader(spread(data, items), batch_size=batch, collate_fn=collate):
+def held_out(
+    data: ImageData, items: int, batch: int, device: torch.device, part: Callable[[int], range] = range
+) -> Iterator[Batch]:
+    """`spread(data, items)` in batches of at most `batch`, on `device`.
+
+    Args:
+        data: all of it.
+        items: at most this many.
+        batch: items of a batch.
+        device: where batches go.
+        part: number of batches -> which of them are given, consecutive ones; `Rank.part` shares them out.
+    """
+    for samples in DataLoader(shared(data, items, batch, part), batch_size=batch, collate_fn=collate):
         yield samples.to(device)
+
+
+def shared(data: ImageData, items: int, batch: int, part: Callable[[int], range]) -> Subset[Sample]:
+    """The items of `held_out` with that part, in order."""
+    whole = spread(data, items)
+    mine = part(-(-len(whole) // batch))
+    return Subset(data, whole.indices[mine.start * batch : mine.stop * batch])

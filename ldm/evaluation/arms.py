@@ -2,19 +2,23 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
 
 from ldm import build, registry
 from ldm.config import RunConfig
 from ldm.denoiser import AdapterUse, Denoiser, check_use
-from ldm.evaluation.measures import ClipI, Measure, by_hint
+from ldm.evaluation import likeness, maps  # noqa: F401  registers their measures
+from ldm.evaluation.measures import Measure, Model, by_hint
+from ldm.evaluation.sets import SetMeasure, set_measure
 from ldm.registry import ConfigError, suggest
+from ldm.sampling.output import file_digest
 
 BASE: Final = "base"
 CEILING, CHANCE = "ground_truth", "chance"
 ALL: Final = "all"
+PICTURES: Final = ""
 KINDS: Final = {True: "image prompts", False: "maps of the picture to draw"}
 
 
@@ -25,10 +29,22 @@ class Plan:
     Attributes:
         arms: name -> adapter -> its use; "base", without adapters, comes first where there is a text encoder.
         measures: adapter -> name -> measure, of that adapter's hint.
+        pictures: name -> measure, of the pictures themselves.
+        sets: name -> set metrics, of all pictures of an arm together.
+        paired: every picture has a real one, its own; else there is neither ceiling nor chance.
     """
 
     arms: Mapping[str, Mapping[str, AdapterUse]]
     measures: Mapping[str, Mapping[str, Measure]]
+    pictures: Mapping[str, Measure] = field(default_factory=dict[str, Measure])
+    sets: Mapping[str, SetMeasure] = field(default_factory=dict[str, SetMeasure])
+    paired: bool = True
+
+    @property
+    def columns(self) -> dict[tuple[str, str], Measure]:
+        """(adapter, name) -> measure; those of the pictures themselves have "" for the adapter."""
+        named = {(adapter, name): m for adapter, found in self.measures.items() for name, m in found.items()}
+        return named | {(PICTURES, name): m for name, m in self.pictures.items()}
 
 
 def plan(config: RunConfig, denoiser: Denoiser) -> Plan | None:
@@ -37,7 +53,7 @@ def plan(config: RunConfig, denoiser: Denoiser) -> Plan | None:
     Arms, unless given: base, each adapter alone under its own name, and all of them together ("all"). Measures, unless
     given: as `by_hint` says. Without a text encoder there is no base: arms have an adapter that stands for the text.
 
-    Returns: None if no adapter has a measure.
+    Returns: None if nothing has a measure.
     Raises: ConfigError on names that do not exist, and whatever would fail only after drawing.
     """
     uses, given = build.uses(config), config.evaluation
@@ -49,7 +65,35 @@ def plan(config: RunConfig, denoiser: Denoiser) -> Plan | None:
     if config.model.text is None:
         drawn = _with_context(drawn, denoiser, told=bool(given.arms))
     measures = {name: measures_of(name, use, config, denoiser) for name, use in uses.items()}
-    return Plan(drawn, measures) if any(measures.values()) else None
+    return _planned(drawn, measures, config)
+
+
+def plan_without(arm: str, config: RunConfig, *, paired: bool = True) -> Plan | None:
+    """As `plan`, of one arm that has nothing to do with adapters. Raises: ConfigError on keys that speak of them."""
+    if given := next((key for key in ("measures", "arms") if getattr(config.evaluation, key)), None):
+        raise ConfigError(
+            f"evaluation.{given} is set, but there are no adapters here; use evaluation.pictures and sets"
+        )
+    return _planned({arm: {}}, {}, config, paired)
+
+
+def _planned(
+    arms: Mapping[str, Mapping[str, AdapterUse]],
+    measures: Mapping[str, Mapping[str, Measure]],
+    config: RunConfig,
+    paired: bool = True,
+) -> Plan | None:
+    """With what is measured of the pictures themselves; None if nothing is measured."""
+    where = "evaluation.pictures"
+    pictures = _built(config.evaluation.pictures, where)
+    for name, measure in pictures.items():
+        check_independent(f"{where}: {name}", measure.models, config)
+    sets = {name: set_measure(name, node) for name, node in config.evaluation.sets.items()}
+    for measure in sets.values():
+        check_independent(f"{measure.where}.features", measure.features.models, config)
+    if not (any(measures.values()) or pictures or sets):
+        return None
+    return Plan(arms, measures, pictures, sets, paired)
 
 
 def _check_uses(uses: Mapping[str, AdapterUse], config: RunConfig) -> None:
@@ -136,38 +180,73 @@ def measures_of(adapter: str, use: AdapterUse, config: RunConfig, denoiser: Deno
         )
     if wanted is None:
         wanted = by_hint(adapter, hint_words(adapter, use, config))
+    found = _built(wanted, where)
+    for name, measure in found.items():
+        if measure.reads != "hint":
+            raise ConfigError(f"{where} is {name}, which reads the {measure.reads}: set evaluation.pictures")
+        if measure.image_prompt != prompted:
+            reads, brings = (KINDS[kind] for kind in (measure.image_prompt, prompted))
+            raise ConfigError(f"{where} is {name}, which reads {reads}; the adapter takes {brings}: name another")
+        check_independent(f"{where}: {name}", measure.models, config)
+    return found
+
+
+def _built(given: Any, where: str) -> dict[str, Measure]:
+    """Name -> measure, of one node or a list of them."""
     found: dict[str, Measure] = {}
-    for item in wanted if isinstance(wanted, list | tuple) else [wanted]:
+    for item in given if isinstance(given, list | tuple) else [] if given is None else [given]:
         node = _node(item)
         measure: Measure = registry.build("measure", node)
         name = str(node["name"])
         if name in found:
             raise ConfigError(f"{where} has {name} twice, but figures go by name; keep one")
-        if measure.image_prompt != prompted:
-            reads, brings = (KINDS[kind] for kind in (measure.image_prompt, prompted))
-            raise ConfigError(f"{where} is {name}, which reads {reads}; the adapter takes {brings}: name another")
-        if isinstance(measure, ClipI):
-            _check_independent(where, measure, config)
         found[name] = measure
     return found
 
 
-def _check_independent(where: str, measure: ClipI, config: RunConfig) -> None:
-    """Refuse a tower that one of the adapters reads too, however its file is spelled."""
-    judge = _tower(measure.node, f"{where}.encoder")
-    for name, node in config.adapters.items():
-        encoder = build.encoder_node(name, node)
-        if encoder is not None and _tower(encoder, f"adapters.{name}.encoder") == judge:
-            raise ConfigError(
-                f"{where}: clip_i.encoder is {measure.node['weights']}, which adapter {name!r} reads too; "
-                "must be another model: name its weights"
-            )
+def check_independent(where: str, models: Sequence[Model], config: RunConfig) -> None:
+    """Refuse an image tower that one of the adapters reads too, however its file is spelled, or copied."""
+    for kind, node, key in models:
+        if kind == "image":
+            judge = _tower(node, f"{where}.{key}")
+            for name, adapter in config.adapters.items():
+                encoder = build.encoder_node(name, adapter)
+                if encoder is not None and _same(_tower(encoder, f"adapters.{name}.encoder"), judge):
+                    raise ConfigError(
+                        f"{where}.{key} is {node['weights']}, which adapter {name!r} reads too; "
+                        "must be another model: name its weights"
+                    )
 
 
-def _tower(node: Mapping[str, Any], slot: str) -> tuple[Path | None, str]:
-    """What tells one image encoder from another: its weight file, and which part of it."""
-    file = build.weights_file("image", dict(node), slot)
+def shared_text(plan: Plan, config: RunConfig) -> list[str]:
+    """A mark for each measure whose text tower is that which the drawing model reads: it judges itself."""
+    text, marks = config.model.text, list[str]()
+    if text is None or (own := _tower(text, "model.text", "text"))[0] is None:
+        return marks
+    for name, measure in plan.pictures.items():
+        for kind, node, key in measure.models:
+            judge = _tower(node, key, kind)
+            judge = (judge[0], "text.") if kind == "clip" else judge
+            if kind in ("clip", "text") and _same(own, judge):
+                marks.append(f"{name} judges by the text encoder that the model draws with ({node['weights']})")
+    return marks
+
+
+def _tower(node: Mapping[str, Any], slot: str, kind: str = "image") -> tuple[Path | None, str]:
+    """What tells one encoder from another: its weight file, and which part of it."""
+    file = build.weights_file(kind, dict(node), slot)
     return file.resolve() if file else None, node.get("weights_prefix", "")
+
+
+def _same(a: tuple[Path | None, str], b: tuple[Path | None, str]) -> bool:
+    """Whether they are one model: the same part of one file, or of files with the same content."""
+    if a[1] != b[1] or a[0] is None or b[0] is None:
+        return a == b
+    if a[0] == b[0]:
+        return True
+    if not (a[0].is_file() and b[0].is_file()) or a[0].stat().st_size != b[0].stat().st_size:
+        return False
+    return file_digest(a[0]) == file_digest(b[0])
 
 
 def hint_words(adapter: str, use: AdapterUse, config: RunConfig) -> list[str]:

@@ -6,24 +6,25 @@ they always were; colours and embeddings in float32.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm import build
 from ldm.evaluation.colour import cell_means, lab, projections
 from ldm.evaluation.edges import edge_map
+from ldm.evaluation.features import resized, tower
 from ldm.evaluation.fidelity import edge_f1
-from ldm.models.clip import ImageTower
 from ldm.registry import ConfigError, register
 
 BY_HINT: Mapping[str, tuple[str, ...]] = {  # hint or extractor -> its measures
     **dict.fromkeys(("canny", "edge", "lineart", "outline", "sketch"), ("edge_f1",)),
     **dict.fromkeys(("color", "palette"), ("palette", "palette_lab")),
+    "segmentation": ("region_iou",),
 }
+Model = tuple[str, Mapping[str, Any], str]  # kind, YAML node with `weights`, its key
 
 
 class Measure(ABC):
@@ -32,17 +33,25 @@ class Measure(ABC):
     Attributes:
         more_is_better: whether higher scores mean more obedience.
         image_prompt: whether it reads image prompts or maps of the picture to draw, as `Adapter.image_prompt`.
+        reads: what it compares pictures with: an adapter's "hint", the real "picture" of the item, or its "caption".
+            The last two stand in `evaluation.pictures` alone; there the real picture serves those that read hints.
+        models: networks that it reads.
     """
 
     more_is_better: ClassVar[bool] = True
     image_prompt: ClassVar[bool] = False
+    reads: ClassVar[str] = "hint"
+    models: Sequence[Model] = ()
 
     @abstractmethod
     def picture(self, images: Tensor) -> Tensor:
         """Features b ... of pictures b 3 h w in [0, 1]."""
 
-    def hint(self, hint: Tensor) -> Tensor:
-        """Features b ... of hints as adapters take them, in [0, 1]: maps b c h w, or image prompts b m 3 h w."""
+    def hint(self, hint: Any) -> Tensor:
+        """Features b ... of hints as adapters take them, in [0, 1]: maps b c h w, or image prompts b m 3 h w.
+
+        Of captions, a list of b texts.
+        """
         return self.picture(hint)
 
     @abstractmethod
@@ -131,19 +140,13 @@ class ClipI(Measure):
 
     def __init__(self, encoder: Mapping[str, Any]) -> None:
         """Args: encoder: kind "image", with `weights`: a model that no adapter reads."""
-        if not encoder.get("weights"):
-            raise ConfigError("clip_i.encoder has no weights: a random network measures nothing; name a weight file")
-        self.node = encoder
-        self.tower: ImageTower = build.component("image", dict(encoder), "clip_i.encoder")
-        build.frozen(self.tower)
+        self.models = [("image", encoder, "encoder")]
+        self.tower = tower(encoder, "clip_i.encoder")
 
     def picture(self, images: Tensor) -> Tensor:
         """Unit vectors b d, in float32."""
         self.tower.to(images.device)
-        side = (self.tower.image_size, self.tower.image_size)
-        x = images.float()
-        if x.shape[-2:] != side:
-            x = F.interpolate(x, size=side, mode="bicubic", antialias=True).clamp(0, 1)
+        x = resized(images, self.tower.image_size)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             return F.normalize(self.tower(x * 2 - 1), dim=-1)
 

@@ -1,9 +1,11 @@
 """What an evaluation found, as a record to keep and as tables to read."""
 
+import contextlib
 import dataclasses
-import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,30 @@ import torch
 from ldm import build
 from ldm import config as config_module
 from ldm.config import Node, RunConfig
-from ldm.evaluation.arms import Plan
+from ldm.evaluation.arms import PICTURES, Plan, shared_text
+from ldm.evaluation.intervals import Interval
 from ldm.evaluation.obedience import Obedience
+from ldm.evaluation.sets import METRICS, Scores
+from ldm.sampling.output import file_digest
 
 PROTOCOL = 3  # raised when the same weights and config would give other figures, or figures by other names
+PACKAGES = ("ldm-adapters", "torch", "torchvision", "open_clip_torch", "timm", "torch-fidelity", "pillow")
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pth")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Scores of a set.
+
+    Attributes:
+        scores: metric -> arm -> value.
+        reference: what they are against: hashes of data and extractor, resize filter, size, number of items, file.
+        marks: what a reader must know of them.
+    """
+
+    scores: Scores
+    reference: Mapping[str, Any]
+    marks: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -26,9 +47,10 @@ class Evaluation:
     Attributes:
         config: what was evaluated.
         figures: the stage's own held-out figures.
-        plan: arms and measures, None where there are no adapters to measure.
+        plan: arms and measures, None where nothing is drawn.
         obedience: their scores, likewise.
         trained: weight files taken from the run, not named in the config.
+        compared: set -> scores of its metrics.
     """
 
     config: RunConfig
@@ -36,6 +58,13 @@ class Evaluation:
     plan: Plan | None
     obedience: Obedience | None
     trained: Sequence[Path]
+    compared: Mapping[str, Compared] = field(default_factory=dict[str, Compared])
+
+    @property
+    def marks(self) -> list[str]:
+        """What a reader must know of the figures."""
+        of_sets = [mark for found in self.compared.values() for mark in found.marks]
+        return of_sets + (shared_text(self.plan, self.config) if self.plan else [])
 
     def record(self) -> dict[str, Any]:
         """Everything that says what was measured and how, as plain values; figures first."""
@@ -43,11 +72,13 @@ class Evaluation:
         drawn: dict[str, Any] = {}
         if self.plan and self.obedience:
             arms = {arm: {n: use.scale for n, use in uses.items()} for arm, uses in self.plan.arms.items()}
+            rows = {a: {n: _plain(rows) for n, rows in named.items()} for a, named in self.obedience.rows.items()}
             drawn = {
-                "measures": {
-                    adapter: {n: {row: dataclasses.asdict(i) for row, i in rows.items()} for n, rows in named.items()}
-                    for adapter, named in self.obedience.rows.items()
-                },
+                "measures": {adapter: named for adapter, named in rows.items() if adapter != PICTURES},
+                "pictures": rows.get(PICTURES, {}),
+                "sets": {n: {m: _plain(v) for m, v in found.scores.items()} for n, found in self.compared.items()},
+                "references": {name: dict(found.reference) for name, found in self.compared.items()},
+                "marks": self.marks,
                 "items": self.obedience.items,
                 "seeds": [c.seed, c.seed + self.obedience.items - 1],
                 "arms": arms,
@@ -55,28 +86,59 @@ class Evaluation:
                 "guidance": dataclasses.asdict(c.sample.guidance),
             }
         kept = {"weights": weight_hashes(c, self.trained), "config": config_module.dump(c), "torch": torch.__version__}
-        return {"protocol": PROTOCOL, "figures": dict(self.figures), **drawn, **kept}
+        return {"protocol": PROTOCOL, "figures": dict(self.figures), **drawn, **kept, "versions": versions()}
 
     def markdown(self) -> str:
         """Tables of the same."""
         text = _table(["held out", ""], [[name, f"{value:.4g}"] for name, value in self.figures.items()])
         if not (self.plan and self.obedience):
             return text
-        columns = [(a, name) for a, measures in self.plan.measures.items() for name in measures]
-        heads = [f"{a}: {n} ({'more' if self.plan.measures[a][n].more_is_better else 'less'})" for a, n in columns]
-        cells = [self.obedience.rows[a][n] for a, n in columns]
-        body = [[row.replace("_", " "), *(str(rows[row]) for rows in cells)] for row in cells[0]]
+        heads: list[str] = []
+        columns: list[dict[str, str]] = []
+        for (adapter, name), measure in self.plan.columns.items():
+            heads.append(f"{adapter or 'pictures'}: {name} ({_better(measure.more_is_better)})")
+            columns.append({row: str(i) for row, i in self.obedience.rows[adapter][name].items()})
+        for name, found in self.compared.items():
+            for metric, scores in found.scores.items():
+                heads.append(f"{name}: {metric} ({_better(METRICS[metric])})")
+                columns.append({row: f"{i.mean:.4g} [{i.low:.4g}, {i.high:.4g}]" for row, i in scores.items()})
+        names = dict.fromkeys(row for column in columns for row in column)
+        body = [[row.replace("_", " "), *(column.get(row, "") for column in columns)] for row in names]
+        parts = ([text] if self.figures else []) + [_table(["", *heads], body), self._note(), *self.marks]
+        return "\n\n".join(parts)
+
+    def _note(self) -> str:
         g, s, first = self.config.sample.guidance, self.config.sample.sampler, self.config.seed
         how = " ".join(f"{value}" if key == "name" else f"{key} {value}" for key, value in s.items())
+        assert self.obedience is not None
         note = (
             f"{self.obedience.items} items, seeds from {first}, {how}, guidance {g.scale:g}; mean [95 % interval, "
             "bootstrap over items]; (more) or (less) is better"
         )
-        return f"{text}\n\n{_table(['', *heads], body)}\n\n{note}"
+        return note + ("; of sets the interval is by halves of the pictures" if self.compared else "")
+
+
+def _better(more: bool) -> str:
+    return "more" if more else "less"
+
+
+def _plain(rows: Mapping[str, Interval]) -> dict[str, Any]:
+    """Row -> mean, low, high; null where there is no interval."""
+    values = {row: dataclasses.asdict(interval) for row, interval in rows.items()}
+    return {row: {k: None if math.isnan(v) else v for k, v in interval.items()} for row, interval in values.items()}
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def versions() -> dict[str, str]:
+    """Package -> version, of those that decide numbers; those that are not installed are left out."""
+    found: dict[str, str] = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def weight_hashes(config: RunConfig, trained: Sequence[Path]) -> dict[str, str]:
@@ -91,7 +153,7 @@ def weight_hashes(config: RunConfig, trained: Sequence[Path]) -> dict[str, str]:
     for path in (*trained, *(path for path in named if path is not None)):
         inside = sorted(p for p in path.rglob("*") if p.suffix in WEIGHTS) if path.is_dir() else [path]
         files |= dict.fromkeys(inside)
-    return {str(path): _sha256(path) for path in files}
+    return {str(path): file_digest(path) for path in files}
 
 
 def _nodes(config: RunConfig) -> Iterator[tuple[str, Node, str]]:
@@ -105,12 +167,19 @@ def _nodes(config: RunConfig) -> Iterator[tuple[str, Node, str]]:
             yield "image", encoder, f"adapters.{name}.encoder"
     if config.fuser is not None:
         yield "fuser", config.fuser, "fuser"
-    for name, given in config.evaluation.measures.items():
-        for node in given if isinstance(given, list) else [given]:
-            if isinstance(node, dict) and isinstance(encoder := node.get("encoder"), dict):
-                yield "image", encoder, f"evaluation.measures.{name}.encoder"
+    yield from _weighed(dataclasses.asdict(config.evaluation), "evaluation")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _weighed(node: Any, where: str, key: str = "") -> Iterator[tuple[str, Node, str]]:
+    """The same of a part of `evaluation:`: every mapping there that names weights, by its key."""
+    inside: Iterator[tuple[str, Any]] = iter(())
+    if isinstance(node, Mapping):
+        if isinstance(node.get("weights"), str):
+            yield {"encoder": "image"}.get(key, key), dict(node), where
+        if isinstance(node.get("predictor"), str):
+            yield key, {"weights": node["predictor"]}, where
+        inside = ((str(name), value) for name, value in node.items())
+    elif isinstance(node, list | tuple):
+        inside = ((key, value) for value in node)
+    for name, value in inside:
+        yield from _weighed(value, f"{where}.{name}", name)

@@ -1,8 +1,10 @@
 """Held-out figures of a trained stage, and how well its adapters obey their hints."""
 
 import dataclasses
+import functools
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,18 +14,24 @@ from tqdm import tqdm
 from ldm import build, grid, registry
 from ldm.config import RunConfig
 from ldm.data.images import Batch, ImageData
-from ldm.data.subset import held_out
-from ldm.evaluation.arms import Plan, plan
+from ldm.data.subset import held_out, spread
+from ldm.denoiser import AdapterUse
+from ldm.evaluation import sets
+from ldm.evaluation.arms import CEILING, Plan, plan, plan_without
 from ldm.evaluation.obedience import Obedience, drawer, obedience
-from ldm.evaluation.report import Evaluation
+from ldm.evaluation.report import Compared, Evaluation
+from ldm.evaluation.sets import Truth
 from ldm.guidance import GuidanceConfig
 from ldm.precision import autocast
 from ldm.registry import ConfigError
 from ldm.training import checkpoint, distributed
 from ldm.training.diffusion import DiffusionStage
+from ldm.training.distributed import Rank
 from ldm.training.stage import Stage, choose_trainable
+from ldm.training.vae import VAEStage
 
 PICTURES = 8
+RECONSTRUCTION = "reconstruction"
 
 
 def evaluate(config: RunConfig) -> Evaluation:
@@ -32,10 +40,13 @@ def evaluate(config: RunConfig) -> Evaluation:
     What is measured: the `weights:` of the trained part where the config names them (of several adapters, each its
     own), else the newest complete checkpoint of `run.dir`. Protocol: the stage's own held-out figures; and, where there
     are adapters, the measures of every adapter's hint (`ldm.evaluation.measures`) on every arm
-    (`ldm.evaluation.arms`): the same captions and seeds, drawn as `sample.sampler` and `sample.guidance` say.
+    (`ldm.evaluation.arms`): the same captions and seeds, drawn as `sample.sampler` and `sample.guidance` say. With
+    `evaluation.pictures` and `evaluation.sets` the pictures themselves are measured too, of a VAE its reconstructions.
+
+    Under torchrun the items are shared out; every rank returns the same, the first one writes.
 
     Raises: ConfigError if the config has no stage, no held-out data, no weights or a `grid:`, `evaluation:` does not
-        fit, or the folder cannot be written.
+        fit, a metric needs more pictures, or the folder cannot be written.
     """
     if config.grid:
         raise ConfigError(f"grid has {', '.join(config.grid)}, but only sample.py sweeps; drop it for evaluation.arms")
@@ -44,26 +55,91 @@ def evaluate(config: RunConfig) -> Evaluation:
             "evaluation.captions is next, but sample.batch or validation.items is 1: an item has no neighbour"
         )
     with distributed.session(config.device, config.train.threads) as rank:
-        if rank.world > 1:
-            raise ConfigError(f"evaluation runs on one rank, torchrun started {rank.world}; use plain python")
         torch.manual_seed(config.seed)  # of what has no weights, an untrained backbone say: as it was in training
         stage = build.stage(config)
         choose_trainable(stage, config.train.trainable)  # what the run exported
         trained = _load_trained(stage, config)
-        adapted = stage if isinstance(stage, DiffusionStage) else None
-        measured = plan(config, adapted.denoiser) if adapted else None
+        measured = _plan(stage, config)
         build.frozen(stage).to(rank.device)
         stage.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
         data = build.data(config.validation.data, "validation.data")
+        _check_items(measured, len(spread(data, config.validation.items)))
         out = _folder(Path(config.run.dir) / "eval")
+        truths = real_features(measured, data, config, rank) if measured else {}
         with autocast(config.train.precision, rank.device):
             batches = held_out(data, config.validation.items, config.sample.batch, rank.device)
-            report = stage.validate(batches, 0 if measured else PICTURES, config.seed)
-            found = _obedience(adapted, measured, data, config, rank.device) if adapted and measured else None
-    columns = found.columns if found else report.columns
-    result = Evaluation(config, report.figures, measured, found, trained)
-    _write(result, columns, out)
+            report = stage.validate(batches, 0 if measured else PICTURES, config.seed) if rank.main else None
+            report = rank.told(report)
+            assert report is not None
+            found = _obedience(stage, measured, data, config, rank) if measured else None
+        compared = compare(measured, found, truths, rank) if measured and found else {}
+        columns = found.columns if found else report.columns
+        result = Evaluation(config, report.figures, measured, found, trained, compared)
+        if rank.main:
+            write(result, columns, out)
+        rank.barrier()
     return result
+
+
+def check(config: RunConfig) -> None:
+    """What `evaluate` would refuse of `evaluation:`, without the weights of the run, which may not be trained yet.
+
+    Models of metrics are built with their weights, the others without memory.
+
+    Raises: ConfigError.
+    """
+    with torch.device("meta"):
+        stage = build.stage(config)
+    _check_items(
+        _plan(stage, config),
+        len(spread(build.data(config.validation.data, "validation.data"), config.validation.items)),
+    )
+
+
+def _plan(stage: Stage, config: RunConfig) -> Plan | None:
+    if isinstance(stage, DiffusionStage):
+        return plan(config, stage.denoiser)
+    if isinstance(stage, VAEStage):
+        return plan_without(RECONSTRUCTION, config)
+    if config.evaluation.pictures or config.evaluation.sets:
+        name = (config.stage or {}).get("name")
+        raise ConfigError(f"evaluation.pictures or sets is set, but stage {name} makes no pictures; drop them")
+    return None
+
+
+def _check_items(measured: Plan | None, items: int) -> None:
+    for measure in measured.sets.values() if measured else ():
+        measure.check(items, "validation.data (at most validation.items)")
+
+
+def real_features(measured: Plan, data: ImageData, config: RunConfig, rank: Rank) -> dict[str, Truth]:
+    """Set -> the features that its pictures are measured against; before anything is drawn.
+
+    Raises: ConfigError as `sets.reference`.
+    """
+    how = (data, config.validation.items, config.sample.batch, Path(config.evaluation.cache), rank)
+    found: dict[str, Truth] = {}
+    for name, measure in measured.sets.items():
+        other = measured.paired and measure.options.reference is not None
+        own = dataclasses.replace(measure, options=dataclasses.replace(measure.options, reference=None))
+        found[name] = Truth(sets.reference(measure, *how), sets.reference(own, *how).features if other else None)
+    return found
+
+
+def compare(measured: Plan, found: Obedience, truths: Mapping[str, Truth], rank: Rank) -> dict[str, Compared]:
+    """Set -> its scores of every arm, worked out by the first rank."""
+    result: dict[str, Compared] = {}
+    for name, measure in measured.sets.items() if rank.main else ():
+        truth, arms = truths[name], dict(found.vectors[name])
+        if truth.own is not None:
+            arms[CEILING] = truth.own
+        real = truth.reference.features.to(rank.device)
+        scores = sets.scores(measure.options, {arm: x.to(rank.device) for arm, x in arms.items()}, real)
+        marks = measure.marks(found.items, len(real))
+        result[name] = Compared(
+            scores, truth.reference.told | {"items": len(real), "file": str(truth.reference.file)}, marks
+        )
+    return rank.told(result)
 
 
 def _folder(out: Path) -> Path:
@@ -76,7 +152,8 @@ def _folder(out: Path) -> Path:
         raise ConfigError(f"{out} cannot be written ({error.strerror}); choose another run.dir") from error
 
 
-def _write(result: Evaluation, columns: dict[str, Tensor], out: Path) -> None:
+def write(result: Evaluation, columns: dict[str, Tensor], out: Path) -> None:
+    """The record, and a grid of the columns if there are any."""
     (out / "eval.json").write_text(json.dumps(result.record(), indent=1), encoding="utf-8")
     if columns:
         grid.save(columns, out / "grid.png")
@@ -112,11 +189,24 @@ def _reworded(batch: Batch, captions: str) -> Batch:
     return dataclasses.replace(batch, text=words.get(captions, [captions] * len(batch.text)))
 
 
-def _obedience(
-    stage: DiffusionStage, measured: Plan, data: ImageData, config: RunConfig, device: torch.device
-) -> Obedience:
-    sampler = registry.build("sampler", config.sample.sampler, schedule=stage.schedule)
-    draw = drawer(stage, sampler, GuidanceConfig(**dataclasses.asdict(config.sample.guidance)))
-    batches = tqdm(held_out(data, config.validation.items, config.sample.batch, device), desc="obedience")
-    spoken = (_reworded(batch, config.evaluation.captions) for batch in batches)
-    return obedience(measured, spoken, stage.hints, draw, seed=config.seed, pictures=PICTURES)
+def _obedience(stage: Stage, measured: Plan, data: ImageData, config: RunConfig, rank: Rank) -> Obedience:
+    """Draw this rank's share of the held-out items, in whole batches, and score all of them."""
+    items, batch = config.validation.items, config.sample.batch
+    batches = held_out(data, items, batch, rank.device, rank.part)
+    shown = (_reworded(b, config.evaluation.captions) for b in tqdm(batches, desc="obedience", disable=not rank.main))
+    first = rank.part(-(-len(spread(data, items)) // batch)).start * batch
+    if isinstance(stage, VAEStage):
+        how = (lambda batch: {}), functools.partial(_reconstruction, stage)
+    else:
+        assert isinstance(stage, DiffusionStage)
+        sampler = registry.build("sampler", config.sample.sampler, schedule=stage.schedule)
+        how = stage.hints, drawer(stage, sampler, GuidanceConfig(**dataclasses.asdict(config.sample.guidance)))
+    return obedience(measured, shown, *how, seed=config.seed, pictures=PICTURES, rank=rank, first=first)
+
+
+def _reconstruction(
+    stage: VAEStage, batch: Batch, hints: Mapping[str, Tensor], uses: Mapping[str, AdapterUse], seed: int
+) -> Tensor:
+    """What the VAE makes of the real pictures, without noise, b 3 h w in [0, 1]."""
+    del hints, uses, seed
+    return (stage.vae(batch.image)[0].float() * 0.5 + 0.5).clamp(0, 1)

@@ -55,10 +55,25 @@ class Rank:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def gathered(self, value: T) -> list[T]:
+        """Every rank's value, in order of rank, on every rank; tensors must be on the CPU."""
+        if self.world == 1:
+            return [value]
+        box: list[Any] = [None] * self.world
+        dist.all_gather_object(box, value)
+        return box
+
+    def part(self, count: int) -> range:
+        """This rank's share of `count` things: consecutive ones, in order of rank."""
+        return range(self.index * count // self.world, (self.index + 1) * count // self.world)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world > 1:
             dist.barrier()
+
+
+ALONE = Rank(0, 1, torch.device("cpu"))
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

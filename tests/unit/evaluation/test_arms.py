@@ -89,7 +89,7 @@ def test_measures_are_named_with_or_without_options() -> None:
     ("overrides", "message"),
     [
         (["evaluation.measures.egde=edge_f1"], r"'egde', which is no adapter; .* did you mean 'edge'"),
-        (["evaluation.measures.edge=edge_f2"], r"registered: clip_i, edge_f1.* did you mean 'edge_f1'"),
+        (["evaluation.measures.edge=edge_f2"], r"registered: clip_i, .*edge_f1.* did you mean 'edge_f1'"),
         (["evaluation.arms.x=[egde]"], r"arms.x has 'egde', which is no adapter"),
         (["evaluation.arms.x=edge"], r"arms.x is 'edge', must be a list"),
         (["evaluation.arms.x.edge=.nan"], r"arms.x.edge: scale is nan; must be a finite number"),
