@@ -51,7 +51,7 @@ def _threads(found: Sequence[table_module.Table]) -> int | None:
 
 def _dry_run(table: table_module.Table, out: Path) -> str:
     """The plan, and the memory of each training that has a shape of its own."""
-    table_module.check(table)
+    table_module.check(table, measuring=False)
     lines, seed = [run.plan(table, out)], table.seeds[0]
     first = table.rows[0].config(seed, drawing=False)
     if table_module.trains(first):

@@ -55,8 +55,8 @@ class Result:
 
 def of(table: Table, row: str, seed: int, record: Mapping[str, Any], course: Sequence[tuple[int, float]]) -> Result:
     """The table's figures in an evaluation's record. Raises: ConfigError if one is not there."""
-    measures = cast("Mapping[str, Mapping[str, Mapping[str, Any]]]", record.get("measures", {}))
-    flat = {name: rows for named in measures.values() for name, rows in named.items()}
+    places = [*record.get("measures", {}).values(), record.get("pictures", {}), *record.get("sets", {}).values()]
+    flat = cast("dict[str, Mapping[str, Any]]", {name: rows for named in places for name, rows in named.items()})
     drawn = [name for rows in flat.values() for name in rows if name not in (CEILING, CHANCE)]
     arm = table.file.arm or (drawn[-1] if drawn else "")
     figures: dict[str, Interval] = {}
@@ -64,13 +64,20 @@ def of(table: Table, row: str, seed: int, record: Mapping[str, Any], course: Seq
         if name == STEEPEST and course:
             figures[name] = _point(steepest(course))
         elif arm in flat.get(name, {}):
-            figures[name] = Interval(**flat[name][arm])
+            figures[name] = _interval(flat[name][arm])
         elif name in record["figures"]:
             figures[name] = _point(record["figures"][name])
         else:
             known = ", ".join([*record["figures"], *(f"{n} of {a}" for n, rows in flat.items() for a in rows)])
             raise ConfigError(f"{table.name}: row {row!r} has no figure {name!r} of arm {arm!r}; there are {known}")
     return Result(row, seed, arm, figures, int(record.get("items", 0)), course=course)
+
+
+def _interval(node: Mapping[str, float | None]) -> Interval:
+    """As a record has it; a value without an interval is a point."""
+    mean, low, high = node["mean"], node["low"], node["high"]
+    assert mean is not None
+    return Interval(mean, mean if low is None else low, mean if high is None else high)
 
 
 def _point(value: float) -> Interval:

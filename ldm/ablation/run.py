@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from ldm.ablation import results
 from ldm.ablation.results import Result
-from ldm.ablation.table import Row, Table, check, run_name, trains
+from ldm.ablation.table import Row, Table, run_name, trains
 from ldm.config import RunConfig, RunDir
 from ldm.evaluation.run import evaluate
 from ldm.training import checkpoint, run
@@ -48,9 +48,8 @@ def execute(table: Table, out: Path, rank: Rank) -> list[Result]:
     of `<out>/<budget>/<table>/`, which is not made again unless the config has changed. The table itself is written
     there by rank 0 after every row, so that what is there is always the table of what is done.
 
-    Raises: ConfigError, before anything is trained, if a row cannot be built.
+    The table should have been looked at before (`ldm.ablation.table.check`).
     """
-    check(table)
     found: list[Result] = []
     total = len(table.rows) * len(table.seeds)
     for row in table.rows:

@@ -31,6 +31,7 @@ from ldm import config_yaml, registry, sweep
 from ldm.config import Node, RunConfig
 from ldm.denoiser import AdapterUse
 from ldm.evaluation import arms
+from ldm.evaluation import run as evaluation
 from ldm.registry import ConfigError, suggest
 from ldm.training import estimate
 
@@ -176,17 +177,33 @@ def load(path: Path, budget: str, overrides: Sequence[str] = (), seeds: int | No
     return table
 
 
-def check(table: Table) -> None:
-    """Build every row without memory. Raises: ConfigError on what would fail only when its turn has come."""
-    seen: set[str] = set()
+def check(table: Table, *, measuring: bool = True) -> None:
+    """Build every row without memory, and what measures it.
+
+    Args:
+        table: all of whose rows are looked at.
+        measuring: look for the held-out data and the weights of metrics too, which a dry run does without.
+
+    Raises: ConfigError on what would fail only when its turn has come.
+    """
+    trained: set[str] = set()
+    measured: set[str] = set()
     for row in table.rows:
-        drawn = row.config(table.seeds[0])
-        if (key := digest(drawn, DRAWING)) not in seen or row.draw:
-            seen.add(key)
-            try:
-                estimate.meta_stage(row.config(table.seeds[0], drawing=False))
-            except ConfigError as error:
-                raise ConfigError(f"{table.name}, row {row.name!r}: {error}") from error
+        first, drawn = row.config(table.seeds[0], drawing=False), row.config(table.seeds[0])
+        try:
+            if _new(digest(first, DRAWING), trained):
+                estimate.meta_stage(first)
+            if measuring and _new(digest(drawn, ("run", "out", "log", "device", "train", "data", "seed")), measured):
+                evaluation.check(drawn)
+        except ConfigError as error:
+            raise ConfigError(f"{table.name}, row {row.name!r}: {error}") from error
+
+
+def _new(key: str, seen: set[str]) -> bool:
+    """Whether it was not seen yet; it is from now on."""
+    before = len(seen)
+    seen.add(key)
+    return len(seen) > before
 
 
 Claim = tuple[str, str | float, str | float]  # measure, the greater, the smaller
