@@ -7,6 +7,7 @@ import pytest
 
 from ldm.ablation import run
 from scripts import ablate
+from tests.ranks import finish, start_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,9 +26,9 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def read(out: Path) -> list[list[str]]:
+def read(out: Path, name: Path = Path("smoke", "some", "conv")) -> list[list[str]]:
     """The table without what clocks said."""
-    with (out / "smoke" / "some" / "conv" / "table.csv").open() as file:
+    with (out / name / "table.csv").open() as file:
         return [line[:-2] for line in csv.reader(file)]
 
 
@@ -87,3 +88,12 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ablate.main(["--config", str(table), *words])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_two_ranks_give_the_same_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = ["--config", "configs/ablation/core/guidance.yaml", "budget=smoke", "validation.items=6", "--out"]
+    ablate.main([*words, str(tmp_path / "one")])
+    finish(start_ranks(["scripts/ablate.py", *words, str(tmp_path / "two")], 2))
+    name = Path("smoke", "core", "guidance")
+    assert read(tmp_path / "one", name) == read(tmp_path / "two", name)
