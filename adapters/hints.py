@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm.registry import ConfigError, register
 
 LUMA: Final = (0.299, 0.587, 0.114)  # ITU-R BT.601
-FLAT: Final = 1e-3  # pictures whose strongest edge or whole depth range is below this have none
+FLAT: Final = 1e-3  # strongest edge, or range of brightness, below which maps stay dark instead of stretched
 
 
 @register("hint", "canny")

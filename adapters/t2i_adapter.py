@@ -73,9 +73,13 @@ def places(spec: UNetSpec, variant: str) -> tuple[Tap, ...]:
 
     "full" and "light": the last block of each resolution (SD1.5: entries 2, 5, 8, 11 of the encoder). "xl": behind the
     first downsampling, the last block of each further resolution, the middle block (SDXL: entries 3, 5, 8, middle).
+
+    Raises: ConfigError if the UNet has no downsampling for "xl".
     """
     if variant != "xl":
         return spec.stages
+    if len(spec.stages) < 2:
+        raise ConfigError("t2i_adapter.variant is 'xl', which needs a UNet that halves its input; choose full or light")
     return (Tap(spec.stages[0].channels, spec.stages[1].stride), *spec.stages[1:], spec.mid)
 
 
@@ -156,6 +160,10 @@ class T2IAdapter(Adapter[tuple[Tensor, ...]]):
         light = options.variant == "light"
         self.factor = options.vae_factor * taps[0].stride
         folded = options.hint_channels * self.factor**2
+        if light and options.divisor > (least := min(tap.channels for tap in taps)):
+            raise ConfigError(
+                f"t2i_adapter.divisor is {options.divisor}, must be at most {least}, the UNet's least width"
+            )
         blocks = options.depth or (4 if light else 2)
         divisor = options.divisor if light else None
         self.conv_in = None if light else nn.Conv2d(folded, taps[0].channels, 3, padding=1)

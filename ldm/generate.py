@@ -4,6 +4,7 @@ Latent diffusion as in Rombach et al. 2022 (arXiv:2112.10752), adapters as the `
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from ldm.registry import ConfigError
 from ldm.samplers.base import ImageNoise, OnStep, Sampler
 from ldm.schedule import Prediction, Schedule
 from ldm.source import Source, Start, begin, check_source, for_inpainting
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -196,6 +199,15 @@ class _Branches:
         """Run each adapter's once-per-image part, and stack it for the branches that hear it."""
         self._uses = {name: uses.get(name, AdapterUse()) for name in hints}
         self._masks = {name: mask.to(self.device, self.dtype) for name, mask in masks.items()}
+        for name, use in self._uses.items():
+            if use.scale != 0 and not any(use.active(step, self.steps) for step in range(self.step, self.steps)):
+                log.warning(
+                    "adapter %s is never heard: start %g to end %g holds none of the %d steps; widen it",
+                    name,
+                    use.start,
+                    use.end,
+                    self.steps - self.step,
+                )
         heard = {n: h.to(self.device, self.dtype) for n, h in hints.items() if self._uses[n].scale != 0}
         needed, most = self._denoiser.encode(heard), max(self._bases)
         scales = {name: self._uses[name].scale for name in needed}

@@ -287,3 +287,11 @@ def test_sliced_decoding_draws_the_same(models: Models, draw: Callable[..., Tens
     whole, apart = (draw(["a", "b"], [0, 1], sliced=sliced) for sliced in (False, True))
     assert batches == [2, 1, 1]
     torch.testing.assert_close(apart, whole, atol=1e-5, rtol=0)
+
+
+def test_an_interval_that_holds_no_step_is_named(draw: Callable[..., Tensor], caplog: pytest.LogCaptureFixture) -> None:
+    draw(["a"], [0], steps=4, hints={"net": hint()}, uses={"net": AdapterUse(start=0.3, end=0.4)})
+    assert "adapter net is never heard: start 0.3 to end 0.4 holds none of the 4 steps" in caplog.text
+    caplog.clear()
+    draw(["a"], [0], steps=4, hints={"net": hint()}, uses={"net": AdapterUse(start=0.3, end=0.8)})
+    assert "never heard" not in caplog.text

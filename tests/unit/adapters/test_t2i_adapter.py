@@ -224,3 +224,11 @@ def test_xl_features_enter_behind_the_first_downsampling() -> None:
     assert not torch.equal(first.skips[4], plain.skips[4])  # the stream carries it on
     with pytest.raises(ValueError, match=r"Control.downs has 1 entries; this UNet has 2 downsamplings"):
         unet.encoder(x_t, t, base + Control(downs=control.downs[:1]))
+
+
+def test_shapes_that_this_unet_cannot_have_are_refused() -> None:
+    narrow = UNet(UNetConfig(channels=(8,), blocks=1, depth=(0,), mid_depth=0, context_dim=8, groups=4, num_heads=2))
+    with pytest.raises(ConfigError, match="variant is 'xl', which needs a UNet that halves its input"):
+        T2IAdapter(T2IAdapterOptions(variant="xl"), unet=narrow)
+    with pytest.raises(ConfigError, match="divisor is 16, must be at most 8"):
+        T2IAdapter(T2IAdapterOptions(variant="light", divisor=16), unet=narrow)
