@@ -85,8 +85,9 @@ class SDXLText(Text):
     def vector(self, pooled: Tensor | None, size: tuple[int, int]) -> Tensor:
         """Pooled text and the embedded sizes: original (h, w), crop (top, left), target (h, w) or aesthetic score.
 
-        The picture counts as drawn whole and uncropped: original and target size are `size`, the crop is 0, 0. An
-        aesthetic score is the same on both branches of guidance (the released demo lowers it on the negative one).
+        The picture counts as drawn whole and uncropped, but see `placed`: original and target size are `size`, the
+        crop is 0, 0. An aesthetic score is the same on both branches of guidance (the released demo lowers it on the
+        negative one).
 
         Args:
             pooled: b p.
@@ -99,3 +100,12 @@ class SDXLText(Text):
         numbers = send(torch.tensor([*size, 0, 0, *last], dtype=torch.float32), pooled.device)
         embedded = timestep_embedding(numbers, SIZE_DIM).flatten().to(pooled.dtype)  # 256 n
         return torch.cat([pooled, embedded.expand(len(pooled), -1)], dim=1)
+
+    def placed(self, vector: Tensor | None, origin: Tensor) -> Tensor:
+        """See `Text`: original size and crop are told as they were; the target size stays that of the picture."""
+        assert vector is not None
+        start = self.open_clip.config.projection or 0  # behind the pooled text
+        embedded = (
+            timestep_embedding(origin.float().flatten(), SIZE_DIM).view(len(origin), -1).to(vector.dtype)
+        )  # b 4*256
+        return torch.cat([vector[:, :start], embedded, vector[:, start + embedded.shape[1] :]], dim=1)

@@ -186,6 +186,16 @@ class Text(nn.Module, ABC):
         Returns: b v or None.
         """
 
+    def placed(self, vector: Tensor | None, origin: Tensor) -> Tensor | None:
+        """The vector with where pictures were cut from in place of "drawn whole"; as it is in models without such.
+
+        Args:
+            vector: b v, or None.
+            origin: b 4, height and width of the file, top and left of the cut (`ldm.data.images.Sample`).
+        """
+        del origin
+        return vector
+
 
 @register("text", "clip", options=TextConfig)
 class TextEncoder(Text):

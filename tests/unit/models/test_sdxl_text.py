@@ -45,6 +45,18 @@ def test_the_refiner_is_the_second_tower_with_a_score() -> None:
     assert full.vector(torch.zeros(1, 1280), (8, 8)).shape == (1, 2560)
 
 
+@pytest.mark.parametrize("options", [{}, {"clip": None, "aesthetic": 6.0}])
+def test_where_a_picture_was_cut_from_takes_the_place_of_drawn_whole(options: dict[str, Any]) -> None:
+    text, pooled = tiny(**options), torch.randn(2, 6)
+    told = text.placed(text.vector(pooled, (64, 32)), torch.tensor([[64, 32, 0, 0], [80, 90, 3, 5]]))
+    assert torch.equal(told[0], text.vector(pooled, (64, 32))[0])  # whole and uncropped: nothing new
+    sizes = told[1, 6:].view(-1, 256)
+    expected = text.vector(pooled, (80, 90))[1, 6:].view(-1, 256)[:2]  # original height and width come first
+    assert torch.equal(sizes[:2], expected)
+    assert torch.equal(sizes[2:4], text.vector(pooled, (3, 5))[1, 6:].view(-1, 256)[:2])
+    assert torch.equal(sizes[4:], text.vector(pooled, (64, 32))[1, 6:].view(-1, 256)[4:])  # target, or score
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
