@@ -109,7 +109,10 @@ def data(node: Node | None, what: str = "data") -> ImageData:
     """Build a data set. Raises: ConfigError if it is not set or cannot be read."""
     if node is None:
         raise ConfigError(f"{what} is not set; include one of configs/data/*.yaml")
-    return registry.build("data", node)
+    made: ImageData = registry.build("data", node)
+    if what == "validation.data" and len(made.groups()) > 1:
+        raise ConfigError(f"{what}.buckets is set; what is held out is of one size, data.size: drop the key")
+    return made
 
 
 def stage(config: RunConfig) -> Stage:

@@ -1,19 +1,21 @@
 """Samples of a list of entries, wherever their files are: decoding, cropping, skipping and counting what is damaged."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from ldm.data.buckets import Buckets, Shape, Shelves
 from ldm.data.errors import DataError
 from ldm.data.images import ImageData, Sample, choose
 from ldm.data.reading import Source, image_size, read_image
 from ldm.data.records import Pairing
-from ldm.data.transforms import CROPS, Window, draw_window, extracted, resize, to_hint, to_image, varied
+from ldm.data.transforms import CROPS, centred, draw_window, extracted, resize, to_hint, to_image, varied
 from ldm.registry import build, checked, suggest
 
 logger = logging.getLogger(__name__)
@@ -26,13 +28,16 @@ class EntryOptions:
     Attributes:
         root: data folder; for shards and tables also a file or a pattern, e.g. data/train-*.parquet.
         size: side of the square samples in pixels.
+        buckets: keys of `Buckets`, {} for the usual ones: samples get the size among several that is nearest to their
+            shape, and every batch is of one size; null = squares. Image prompts are squares all the same.
         hints: hint name -> column with its file (sidecar: -> folder with files of the same names; webdataset: ->
             ending of the member, e.g. canny.png; parquet: -> column of images), or an extractor that makes it of the
             image, e.g. {name: color, cell: 8} (adapters/hints.py).
         where: column -> wanted value or list of values, e.g. {split: train, style: [flat, noto]}.
         reference: column with the image prompt's file ("file" is the image itself), or the keys of `Pairing` to take
             other images of the set, or None; augmented by `Pairing.flip` and `crop` alone.
-        crop: "center" or "random" (shorter side to `size`, then a square), or "none" (squeezed to a square).
+        crop: "center" or "random" (shorter side to `size`, then a square), or "none" (squeezed to a square); of a
+            bucket likewise: as small as covers it, then cut.
         oversize: the shorter side is first resized to oversize * size, which gives random crops room; at least 1.
         flip: mirror half of the samples when augmenting; mind captions that say left or right.
         max_bad: share of unreadable images that is skipped and counted; more than that is an error.
@@ -49,6 +54,7 @@ class EntryOptions:
     flip: bool = False
     max_bad: float = 0.01
     memory: bool = True
+    buckets: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.size, int) or self.size < 8:
@@ -59,6 +65,14 @@ class EntryOptions:
             raise DataError(f"data.crop is {self.crop!r}; allowed: {', '.join(CROPS)}{suggest(str(self.crop), CROPS)}")
         if not isinstance(self.max_bad, float | int) or not 0.0 <= self.max_bad <= 1.0:
             raise DataError(f"data.max_bad is {self.max_bad!r}; must be a share in [0, 1]")
+        assert self.shapes  # refuses wrong keys
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """(height, width) of the samples: the square, or all buckets. Raises: ConfigError on a wrong key."""
+        if self.buckets is None:
+            return ((self.size, self.size),)
+        return checked(Buckets, self.buckets, "data.buckets").shapes(self.size)
 
     @property
     def pairing(self) -> Pairing | None:
@@ -108,6 +122,7 @@ class Entry:
         text: caption, or what reads it (raises DataError).
         hints: name -> file, of the hints that are files.
         references: files of which one is its image prompt.
+        size: (width, height), or of that shape, where a list says so; else the image's header is read for it.
     """
 
     key: str
@@ -115,6 +130,7 @@ class Entry:
     text: str | Callable[[], str]
     hints: dict[str, Source]
     references: tuple[Source, ...] = ()
+    size: tuple[int, int] | None = None
 
 
 class Entries(Protocol):
@@ -127,11 +143,12 @@ class Entries(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Decoded:
-    """One entry that has been read; pictures are 3 h w uint8, all the same size."""
+    """One entry that has been read; pictures are 3 h w uint8, all the same size. `file`: (height, width) of its file."""
 
     image: Tensor
     text: str
     hints: dict[str, Tensor]
+    file: tuple[int, int]
 
 
 class EntryData(ImageData):
@@ -156,28 +173,48 @@ class EntryData(ImageData):
         self._damaged: set[str] = set()  # what was wrong with references
         self.bad: dict[Source, str] = {}
         self._entries = entries
+        sizes: Sequence[tuple[int, int] | None] = ()
         if check:
-            every = (entries[i] for i in range(len(entries)))
-            self._entries = [entry for entry in every if self._readable(entry)]
-        if not self._entries:
+            sized = [(entry, size) for entry in self._looked_at() if (size := self._headers(entry))]
+            self._entries, sizes = [entry for entry, _ in sized], [size for _, size in sized]
+        elif options.buckets is not None:
+            sizes = [entry.size or self._size(entry) for entry in self._looked_at()]
+        if not (any(sizes) if sizes else self._entries):
             first = next(iter(self.bad.values()))
             raise DataError(f"none of the {self._total} images in {options.root} can be read; first: {first}")
+        self._shelves = None if options.buckets is None else Shelves(options.shapes, sizes)
+        if self._shelves:
+            counts = ", ".join(f"{name}: {len(group)}" for name, group in self._shelves.groups.items())
+            logger.info("%s: images by bucket (w x h): %s", options.root, counts)
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def load(self, index: int, generator: torch.Generator | None = None) -> Sample:
-        """Sample `index`, or the next readable one if its file turns out to be damaged. See ImageData.load."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"index is {index}; the set has {len(self)} samples")
-        for step in range(len(self)):
-            position = (index + step) % len(self)
-            entry = self._entries[position]
-            if (decoded := self._read(position, entry)) and (sample := self._sample(entry, decoded, generator)):
-                return sample
-        raise DataError(f"none of the {self._total} images in {self.options.root} can be decoded")
+    def groups(self) -> Mapping[str, Sequence[int]]:
+        """See ImageData.groups: by bucket."""
+        return super().groups() if self._shelves is None else self._shelves.groups
 
-    def _sample(self, entry: Entry, decoded: _Decoded, generator: torch.Generator | None) -> Sample | None:
+    def load(self, index: int, generator: torch.Generator | None = None) -> Sample:
+        """Sample `index`, or the next readable one (of its bucket) if its file is damaged. See ImageData.load."""
+        n = len(self)
+        if not 0 <= index < n:
+            raise IndexError(f"index is {index}; the set has {n} samples")
+        order = self._shelves.alike(index) if self._shelves else ((index + step) % n for step in range(n))
+        for position in order:
+            entry = self._entries[position]
+            if (decoded := self._read(position, entry)) and (
+                sample := self._sample(entry, decoded, self._shape(position), generator)
+            ):
+                return sample
+        which = f"the bucket of image {index}" if self._shelves else f"the {self._total} images"
+        raise DataError(f"none of {which} in {self.options.root} can be decoded")
+
+    def _shape(self, index: int) -> Shape:
+        return self._shelves.shape(index) if self._shelves else (self.options.size, self.options.size)
+
+    def _sample(
+        self, entry: Entry, decoded: _Decoded, shape: Shape, generator: torch.Generator | None
+    ) -> Sample | None:
         """None if the image prompt that it would get is damaged: what a draw gives never depends on earlier ones."""
         o = self.options
         try:
@@ -186,8 +223,9 @@ class EntryData(ImageData):
             self._leave_out(str(error))
             return None
         height, width = decoded.image.shape[-2:]
-        window = draw_window(height, width, o.size, crop=o.crop, flip=o.flip, generator=generator)
+        window = draw_window(height, width, shape, crop=o.crop, flip=o.flip, generator=generator)
         image = window.cut(decoded.image)
+        left = width - window.left - window.width if window.flip else window.left
         made = {name: extracted(extract, image) for name, extract in self._extractors.items()}
         return Sample(
             key=entry.key,
@@ -195,6 +233,7 @@ class EntryData(ImageData):
             text=decoded.text,
             hints={name: to_hint(window.cut(hint)) for name, hint in decoded.hints.items()} | made,
             reference=reference,
+            origin=(*decoded.file, window.top, left),
         )
 
     def _prompt(self, entry: Entry, decoded: _Decoded, generator: torch.Generator | None) -> Tensor | None:
@@ -202,8 +241,8 @@ class EntryData(ImageData):
             return None
         source = entry.references[choose(len(entry.references), entry.key, generator)]
         o = self.options
-        known = source == entry.image and o.oversize == 1 and o.size == self._side  # decoded already
-        whole = to_image(_centred(decoded.image, self._side) if known else self._reference(source))
+        known = source == entry.image and o.oversize == 1 and o.size == self._side and not self._shelves  # decoded
+        whole = to_image(centred(decoded.image, self._side) if known else self._reference(source))
         if generator is None or self._pairing is None or not self._pairing.augments:
             return whole
         return varied(whole, self._pairing.crop, self._pairing.flip, generator)
@@ -239,8 +278,8 @@ class EntryData(ImageData):
 
     def _reference(self, source: Source) -> Tensor:
         if (pixels := self._prompts.get(source)) is None:
-            pixels = resize(read_image(source), self._side, crop=self.options.crop, hint=False)
-            pixels = _centred(pixels, self._side)
+            pixels = resize(read_image(source), self._side, crop=self.options.crop, hint=False, source=source)
+            pixels = centred(pixels, self._side)
             if self.options.memory:
                 self._prompts[source] = pixels
         return pixels
@@ -251,7 +290,7 @@ class EntryData(ImageData):
         if (kept := self._kept.get(index)) is not None:
             return kept
         try:
-            decoded = self._decode(entry)
+            decoded = self._decode(entry, self._shape(index))
         except HintSizeError:
             raise
         except DataError as error:
@@ -261,8 +300,8 @@ class EntryData(ImageData):
             self._kept[index] = decoded
         return decoded
 
-    def _decode(self, entry: Entry) -> _Decoded:
-        size, crop = round(self.options.oversize * self.options.size), self.options.crop
+    def _decode(self, entry: Entry, shape: Shape) -> _Decoded:
+        crop, size = self.options.crop, (round(self.options.oversize * shape[0]), round(self.options.oversize * shape[1]))
         text = entry.text if isinstance(entry.text, str) else entry.text()
         if text.encode(errors="ignore").decode() != text:
             raise DataError(f"{entry.image}: caption {text[:40]!a} has half a surrogate pair; mend the text")
@@ -271,12 +310,36 @@ class EntryData(ImageData):
         for name, hint in drawn.items():
             if hint.size != picture.size:
                 raise HintSizeError(_mismatch(entry, name, hint.size, picture.size))
-        image = resize(picture, size, crop=crop, hint=False)
-        hints = {name: resize(hint, size, crop=crop, hint=True) for name, hint in drawn.items()}
-        return _Decoded(image, text, hints)
+        image = resize(picture, size, crop=crop, hint=False, source=entry.image)
+        hints = {
+            name: resize(hint, size, crop=crop, hint=True, source=entry.hints[name]) for name, hint in drawn.items()
+        }
+        return _Decoded(image, text, hints, (picture.height, picture.width))
 
-    def _readable(self, entry: Entry) -> bool:
-        """Check an entry's headers: unreadable files are skipped, a hint of another size is an error."""
+    def problems(self) -> Iterator[DataError]:
+        """What is wrong with every sample that cannot be read; decodes all of them, and counts none."""
+        for index in range(len(self)):
+            try:
+                self._decode(self._entries[index], self._shape(index))
+            except DataError as error:
+                yield error
+
+    def _looked_at(self) -> Iterable[Entry]:
+        """All entries; a bar if it takes long."""
+        every = (self._entries[i] for i in range(self._total))
+        shown = logger.isEnabledFor(logging.INFO)  # by one rank
+        return tqdm(every, "looking at headers", self._total, mininterval=1.0, delay=2.0, disable=not shown)
+
+    def _size(self, entry: Entry) -> tuple[int, int] | None:
+        """(width, height) by the header; None of an unreadable file, which is counted."""
+        try:
+            return image_size(entry.image)
+        except DataError as error:
+            self._skip(entry.image, str(error))
+            return None
+
+    def _headers(self, entry: Entry) -> tuple[int, int] | None:
+        """Check an entry's headers: unreadable files are skipped (None), a hint of another size is an error."""
         try:
             size = image_size(entry.image)
             sizes = {name: image_size(source) for name, source in entry.hints.items()}
@@ -286,16 +349,24 @@ class EntryData(ImageData):
                     self._checked.add(source)
         except DataError as error:
             self._skip(entry.image, str(error))
-            return False
+            return None
         for name, seen in sizes.items():
             if sorted(seen) != sorted(size):  # EXIF may turn either; the decoded sizes are compared exactly
                 raise HintSizeError(_mismatch(entry, name, seen, size))
-        return True
+        return size
 
     def _skip(self, source: Source, error: str) -> None:
         self.bad[source] = error
         logger.warning("skipped (%d of %d): %s", len(self.bad), self._total, error)
         check_share(self.bad, self._total, self.options.max_bad)
+
+
+def stated_size(columns: Mapping[str, Any]) -> tuple[int, int]:
+    """(width, height) as a list says in columns of these names (img2dataset's do); zeros where it does not."""
+    width, height = columns.get("width"), columns.get("height")
+    if isinstance(width, int) and isinstance(height, int) and 0 < width < 2**31 and 0 < height < 2**31:
+        return width, height
+    return 0, 0
 
 
 def check_share(bad: dict[Source, str], total: int, most: float) -> None:
@@ -313,8 +384,3 @@ def _mismatch(entry: Entry, name: str, hint: tuple[int, int], image: tuple[int, 
         f"hint {name!r} {entry.hints[name]} is {hint[0]}x{hint[1]}, its image {entry.image.name} is "
         f"{image[0]}x{image[1]} (w x h); both must be the same size: resize one, or drop the entry"
     )
-
-
-def _centred(pixels: Tensor, size: int) -> Tensor:
-    height, width = pixels.shape[-2:]
-    return Window((height - size) // 2, (width - size) // 2, size, False).cut(pixels)

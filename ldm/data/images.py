@@ -6,7 +6,7 @@ on black, single-channel maps are repeated to three channels).
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +26,8 @@ class Sample:
         text: caption.
         hints: name -> 3 h w, in [0, 1], same h and w as the image.
         reference: image prompt, 3 h w in [-1, 1], or None.
+        origin: height and width of its file, top and left of what was cut out after resizing (SDXL is told); None
+            where there was no file: as if it had been of this size.
 
     Raises: DataError on a wrong shape or range.
     """
@@ -35,6 +37,7 @@ class Sample:
     text: str
     hints: dict[str, Tensor] = field(default_factory=dict)
     reference: Tensor | None = None
+    origin: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
         _check(self.key, "image", self.image, -1.0)
@@ -49,32 +52,31 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Samples stacked on a first axis b. Ranges as in Sample."""
+    """Samples stacked on a first axis b. Ranges as in Sample; origin is b 4 int64."""
 
     keys: list[str]
     image: Tensor
     text: list[str]
     hints: dict[str, Tensor] = field(default_factory=dict)
     reference: Tensor | None = None
+    origin: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
-        return Batch(
-            keys=self.keys,
-            image=self.image.to(device, non_blocking=True),
-            text=self.text,
-            hints={name: hint.to(device, non_blocking=True) for name, hint in self.hints.items()},
-            reference=None if self.reference is None else self.reference.to(device, non_blocking=True),
-        )
+        return self._each(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from where `to` copies in the background; DataLoader calls this."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return Batch(
             keys=self.keys,
-            image=self.image.pin_memory(),
+            image=change(self.image),
             text=self.text,
-            hints={name: hint.pin_memory() for name, hint in self.hints.items()},
-            reference=None if self.reference is None else self.reference.pin_memory(),
+            hints={name: change(hint) for name, hint in self.hints.items()},
+            reference=None if self.reference is None else change(self.reference),
+            origin=None if self.origin is None else change(self.origin),
         )
 
 
@@ -93,6 +95,10 @@ class ImageData(Dataset[Sample], ABC):
 
     def __getitem__(self, index: int) -> Sample:
         return self.load(index)
+
+    def groups(self) -> Mapping[str, Sequence[int]]:
+        """Indices of the samples of each size; a batch is of one group. One without a name where all are alike."""
+        return {"": range(len(self))}
 
     def references(self, key: str) -> Sequence[str]:
         """Names of the image prompts of which `load` gives the sample of that key one; none where the set has none."""
@@ -130,12 +136,14 @@ def collate(samples: Sequence[Sample]) -> Batch:
                 "hints and image prompts must be in all samples of a batch or in none"
             )
     references = [s.reference for s in samples if s.reference is not None]
+    origins = [s.origin for s in samples if s.origin is not None]
     return Batch(
         keys=[s.key for s in samples],
         image=torch.stack([s.image for s in samples]),
         text=[s.text for s in samples],
         hints={name: torch.stack([s.hints[name] for s in samples]) for name in first.hints},
         reference=torch.stack(references) if references else None,
+        origin=torch.tensor(origins) if len(origins) == len(samples) else None,
     )
 
 

@@ -19,7 +19,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, Final
 
-from ldm.data.entries import Entry, EntryData, PackedOptions
+from ldm.data.entries import Entry, EntryData, PackedOptions, stated_size
 from ldm.data.errors import DataError
 from ldm.data.reading import parts
 from ldm.data.records import Filter, split_by_hash
@@ -94,12 +94,15 @@ class ParquetRows:
         self._stems = [path.relative_to(base).as_posix().removesuffix(".parquet") for path in self._files]
         self._files_at, self._groups_at = array("q"), array("q")  # rows at which files and row groups begin
         self._groups: list[tuple[int, int]] = []  # file, number in it
+        self._sizes = array("q")  # width and height of each row's picture as far as columns say it, for buckets
         self._kept: OrderedDict[int, Any] = OrderedDict()
         keep, chosen, self._total = Filter(options.where), array("q"), 0
         for path in self._files:
             with _opened(path) as file:
                 self._check(path, file)
                 self._add(path, file)
+                if options.buckets is not None:
+                    self._sizes.extend(_stated_sizes(file))
                 if options.where:
                     first = self._files_at[-1]
                     chosen.extend(first + i for i, row in enumerate(self._rows(file)) if keep(row))
@@ -125,6 +128,7 @@ class ParquetRows:
             text=lambda: self._text(row),
             hints={name: Cell(self, row, column) for name, column in self._options.columns.items()},
             references=(image,) if self._options.reference else (),
+            size=(self._sizes[2 * row], self._sizes[2 * row + 1]) if any(self._sizes[2 * row : 2 * row + 2]) else None,
         )
 
     def place(self, row: int) -> str:
@@ -193,6 +197,14 @@ class ParquetRows:
         rows = (row for batch in batches for row in batch.to_pylist()) if names else repeat({}, file.metadata.num_rows)
         for i, row in enumerate(rows, start=self._files_at[-1]):
             yield {"split": split_by_hash(self.place(i)), **row}
+
+
+def _stated_sizes(file: Any) -> Iterator[int]:
+    """Width and height of each row from columns of these names, as img2dataset writes them; zeros without."""
+    both = {"width", "height"} <= set(file.schema_arrow.names)
+    batches = file.iter_batches(columns=["width", "height"], use_threads=False) if both else ()
+    rows = (row for batch in batches for row in batch.to_pylist()) if both else repeat({}, file.metadata.num_rows)
+    return (side for row in rows for side in stated_size(row))
 
 
 def _table(file: Any, group: int, columns: list[str]) -> Any:

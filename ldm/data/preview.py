@@ -49,7 +49,7 @@ def _panel(sample: Sample) -> Image.Image:
         pictures.append(("image prompt", to_pixels(sample.reference)))
     tiles = [(name, _tile(pixels)) for name, pixels in pictures]
     width = sum(tile.width + _GAP for _, tile in tiles)
-    height = tiles[0][1].height
+    height = max(tile.height for _, tile in tiles)
     panel = Image.new("RGB", (width, height + (_LINES + 1) * _LINE + _GAP), "white")
     draw, font = ImageDraw.Draw(panel), ImageFont.load_default(size=10)
     left = 0

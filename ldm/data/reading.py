@@ -1,14 +1,15 @@
 """Image files to 8-bit RGB, converting only what is certain, and paths that stay inside their data folder."""
 
+import contextlib
 import glob
 import io
 import struct
 import warnings
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import Final, Protocol
+from typing import Final, Protocol, Self, runtime_checkable
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ldm.data.errors import DataError
 
@@ -28,6 +29,16 @@ class Source(Protocol):
 
     def read_bytes(self) -> bytes:
         """All of it. Raises: OSError when it cannot be read; DataError when there is nothing."""
+        ...
+
+
+@runtime_checkable
+class Headed(Source, Protocol):
+    """A source of which the beginning can be had alone."""
+
+    @property
+    def head(self) -> Self:
+        """The same file cut off behind as much as holds the header of most pictures."""
         ...
 
 
@@ -66,7 +77,7 @@ def parts(root: str, suffix: str) -> tuple[Path, list[Path]]:
     Raises: DataError when there are none.
     """
     base = Path(root)
-    pattern = f"{glob.escape(root)}/*{suffix}" if base.is_dir() else root
+    pattern = glob.escape(root) if base.is_file() else f"{glob.escape(root)}/*{suffix}" if base.is_dir() else root
     while not base.is_dir() and base != base.parent:
         base = base.parent
     found = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
@@ -76,12 +87,29 @@ def parts(root: str, suffix: str) -> tuple[Path, list[Path]]:
 
 
 def image_size(path: Source) -> tuple[int, int]:
-    """(width, height) from the header alone; EXIF orientation may still swap the two.
+    """(width, height) from the header alone, as the picture is shown where the header says how it is turned.
 
     Raises: DataError when the file is missing, not an image or too large.
     """
+    if isinstance(path, Headed):
+        with contextlib.suppress(DataError):
+            return _size(path.head)  # a header may be longer: then the whole file is read
+    return _size(path)
+
+
+def _size(path: Source) -> tuple[int, int]:
     with _open(path) as image:
-        return image.size
+        return (image.height, image.width) if _turned(image) else image.size
+
+
+def _turned(image: Image.Image) -> bool:
+    """Whether EXIF says that width and height change places, as far as the header knows."""
+    if "exif" not in image.info and image.format != "TIFF":
+        return False  # Pillow would decode a PNG to look for it behind the pixels
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except _DECODE_ERRORS:
+        return False
 
 
 def read_image(path: Source, *, hint: bool = False) -> Image.Image:

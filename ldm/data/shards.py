@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ldm.data.entries import Entry, EntryData, PackedOptions, check_share
+from ldm.data.entries import Entry, EntryData, PackedOptions, check_share, stated_size
 from ldm.data.errors import DataError
 from ldm.data.reading import SUFFIXES, Source, parts
 from ldm.data.records import Filter, split_by_hash
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _FIELD: Final = "json."
 _MAX_TEXT: Final = 2**20  # bytes of a caption or json
 _SHOWN: Final = 12  # endings that a message lists, and lines about members
-_HEAD: Final = 3  # numbers of a row before its members: shard, end of its key, picture ending
+_HEAD: Final = 5  # numbers of a row before its members: shard, end of its key, picture ending, its width and height
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class ShardIndex:
         return len(self._rows) // self._width
 
     def __getitem__(self, index: int) -> Entry:
-        number, end, picture, *spots = self._rows[index * self._width : (index + 1) * self._width]
+        number, end, picture, width, height, *spots = self._rows[index * self._width : (index + 1) * self._width]
         start = self._rows[(index - 1) * self._width + 1] if index else 0
         key = self._keys[start:end].decode()
         stem = key.removeprefix(f"{self._stems[number]}/")
@@ -89,6 +89,7 @@ class ShardIndex:
             text=lambda: self._text(caption),
             hints=dict(zip(self._options.columns, hints, strict=True)),
             references=(image,) if self._options.reference else (),
+            size=(width, height) if width else None,
         )
 
     def _samples(self, shard: Path) -> dict[str, dict[str, Member]]:
@@ -119,15 +120,15 @@ class ShardIndex:
             if len(pictures) > 1:
                 endings = " and ".join(SUFFIXES[i] for i in pictures)
                 raise DataError(f"{first} has other pictures of its key ({endings}); name a hint in data.hints")
-            if self._options.where:
-                columns = _fields(members["json"]) if "json" in members else {}
-                if not keep({"split": split_by_hash(key), **columns}):
-                    return True
+            told = bool(self._options.where or self._options.buckets is not None) and "json" in members
+            columns = _fields(members["json"]) if told else {}
+            if self._options.where and not keep({"split": split_by_hash(key), **columns}):
+                return True
         except DataError as error:
             self._bad[first] = str(error)
             return True
         self._keys += key.encode()
-        self._rows.extend((number, len(self._keys), pictures[0]))
+        self._rows.extend((number, len(self._keys), pictures[0], *stated_size(columns)))
         for member in (first, *(members[ending] for ending in self._endings)):
             self._rows.extend((member.offset, member.size))
         return True

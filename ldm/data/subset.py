@@ -1,6 +1,6 @@
 """A fixed, spread-out part of a data set: for held-out figures, and for training on less."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,12 @@ class Part(ImageData):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def groups(self) -> Mapping[str, Sequence[int]]:
+        """See ImageData."""
+        place = {row: index for index, row in enumerate(self.rows)}
+        every = {name: sorted(place[row] for row in rows if row in place) for name, rows in self.data.groups().items()}
+        return {name: indices for name, indices in every.items() if indices}
 
     def load(self, index: int, generator: torch.Generator | None = None) -> Sample:
         """See ImageData."""

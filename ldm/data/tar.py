@@ -7,7 +7,7 @@ is recent can be led in circles by a negative size (CVE-2025-8194).
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -16,6 +16,7 @@ from ldm.data.reading import MAX_PIXELS
 
 MAX_BYTES: Final = 4 * MAX_PIXELS  # of a member: the largest picture that may be decoded, stored with 4 bytes a pixel
 _BLOCK: Final = 512
+_HEAD: Final = 2**15  # bytes; JPEGs with a thumbnail or a colour profile may have longer headers
 _MAX_NAME: Final = 2**16  # bytes of a long name or pax header
 _OLD_FILE: Final = b"\0"  # of the time before POSIX, when a folder was a file with / at its end
 _FILES: Final = (b"0", _OLD_FILE, b"7")
@@ -45,6 +46,11 @@ class Member:
 
     def __str__(self) -> str:
         return f"{self.shard}:{self.name}"
+
+    @property
+    def head(self) -> "Member":
+        """Its first bytes, see `reading.Headed`."""
+        return replace(self, size=min(self.size, _HEAD))
 
     def read_bytes(self) -> bytes:
         """Its content. Raises: OSError when the tar is missing or has become shorter."""

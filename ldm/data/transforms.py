@@ -17,55 +17,72 @@ CROPS: Final = ("center", "random", "none")
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A square cut and an optional mirror image, in pixels."""
+    """A cut and an optional mirror image, in pixels."""
 
     top: int
     left: int
-    size: int
-    flip: bool
+    height: int
+    width: int
+    flip: bool = False
 
     def cut(self, x: Tensor) -> Tensor:
-        """Apply to x: c h w, any type; returns c size size."""
-        x = x[:, self.top : self.top + self.size, self.left : self.left + self.size]
+        """Apply to x: c h w, any type; returns c height width."""
+        x = x[:, self.top : self.top + self.height, self.left : self.left + self.width]
         return x.flip(-1) if self.flip else x
 
 
 def draw_window(
-    height: int, width: int, size: int, *, crop: str, flip: bool, generator: torch.Generator | None
+    height: int, width: int, size: tuple[int, int], *, crop: str, flip: bool, generator: torch.Generator | None
 ) -> Window:
     """Choose the window for one sample.
 
     Args:
-        height: of the resized image, at least `size`.
+        height: of the resized image, at least that of `size`.
         width: as height.
-        size: side of the square.
+        size: (height, width) of the cut.
         crop: "random" places the window with the generator; everything else centres it.
         flip: mirror half of the samples.
         generator: CPU generator; None means no augmentation: centred, not mirrored.
     """
-    top, left = (height - size) // 2, (width - size) // 2
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
     if generator is None:
-        return Window(top, left, size, False)
+        return Window(top, left, *size)
     if crop == "random":
-        top = int(torch.randint(height - size + 1, (), generator=generator))
-        left = int(torch.randint(width - size + 1, (), generator=generator))
-    return Window(top, left, size, flip and bool(torch.rand((), generator=generator) < 0.5))
+        top = int(torch.randint(height - size[0] + 1, (), generator=generator))
+        left = int(torch.randint(width - size[1] + 1, (), generator=generator))
+    return Window(top, left, *size, flip and bool(torch.rand((), generator=generator) < 0.5))
 
 
-def resize(image: Image.Image, size: int, *, crop: str, hint: bool) -> Tensor:
-    """Shorter side to `size` (crop "none": both sides), as 3 h w uint8.
+def centred(pixels: Tensor, side: int) -> Tensor:
+    """The square of that side in the middle of c h w."""
+    height, width = pixels.shape[-2:]
+    return Window((height - side) // 2, (width - side) // 2, side, side).cut(pixels)
+
+
+def resize(
+    image: Image.Image, size: int | tuple[int, int], *, crop: str, hint: bool, source: object = "image"
+) -> Tensor:
+    """As small as covers `size` (crop "none": exactly that, squeezed), as 3 h w uint8.
 
     Images use antialiased bicubic; hints use the area average, which never overshoots and invents no values
     outside a line's own two.
 
+    Args:
+        image: RGB or grey.
+        size: (height, width), or the side of a square, which the shorter side gets.
+        crop: one of CROPS.
+        hint: it is a map, no picture.
+        source: where it is from, for the message.
+
     Raises: DataError for a strip so thin that it would not fit in memory.
     """
     width, height = image.size
-    scale = size / min(width, height)
-    target = (size, size) if crop == "none" else (max(size, round(width * scale)), max(size, round(height * scale)))
+    h, w = (size, size) if isinstance(size, int) else size
+    scale = max(h / height, w / width)
+    target = (w, h) if crop == "none" else (max(w, round(width * scale)), max(h, round(height * scale)))
     if target[0] * target[1] > MAX_PIXELS:
         raise DataError(
-            f"image of {width}x{height} would become {target[0]}x{target[1]}; crop it to a fuller shape first"
+            f"{source} of {width}x{height} would become {target[0]}x{target[1]}; crop it to a fuller shape first"
         )
     if image.size != target:
         image = image.resize(target, Image.Resampling.BOX if hint else Image.Resampling.BICUBIC)
@@ -77,7 +94,8 @@ def varied(image: Tensor, least: float, flip: bool, generator: torch.Generator) 
     """A random square of a square picture in [-1, 1], from `least` of its side on, at its size; perhaps mirrored."""
     size = image.shape[-1]
     side = round(size * (least + (1 - least) * float(torch.rand((), generator=generator))))
-    part = draw_window(size, size, max(side, 1), crop="random", flip=flip, generator=generator).cut(image)
+    side = max(side, 1)
+    part = draw_window(size, size, (side, side), crop="random", flip=flip, generator=generator).cut(image)
     return F.interpolate(part[None], size=(size, size), mode="bicubic", antialias=True)[0].clamp(-1, 1)
 
 

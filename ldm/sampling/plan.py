@@ -207,10 +207,9 @@ def load_reference(path: Path, side: int) -> Tensor:
     image = _shown(read_image(path), "reference", path)
     if side == 0:
         shortest = round(min(image.size) * min(LONGEST / max(image.size), 1))
-        return transforms.to_hint(transforms.resize(image, max(shortest, 1), crop="center", hint=False))
-    pixels = transforms.resize(image, side, crop="center", hint=False)
-    top, left = ((length - side) // 2 for length in pixels.shape[-2:])
-    return transforms.to_hint(transforms.Window(top, left, side, False).cut(pixels))
+        return transforms.to_hint(transforms.resize(image, max(shortest, 1), crop="center", hint=False, source=path))
+    pixels = transforms.resize(image, side, crop="center", hint=False, source=path)
+    return transforms.to_hint(transforms.centred(pixels, side))
 
 
 @lru_cache(maxsize=64)
@@ -244,7 +243,7 @@ def _fitted(what: str, path: Path, size: tuple[int, int]) -> Tensor:
     """The pixels of an image file, 3 h w uint8 of that size."""
     hint = what != "image"
     image = _shown(read_image(path, hint=hint), what, path)
-    pixels = transforms.resize(image, min(size), crop="center", hint=hint)
+    pixels = transforms.resize(image, min(size), crop="center", hint=hint, source=path)
     if pixels.shape[1:] != size:
         raise ConfigError(
             f"{what} {path} is {image.height}x{image.width} (h w), the picture {size[0]}x{size[1]}: not the same "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ldm.data.images import Batch
 from ldm.evaluation.retrieval import recall_at
 from ldm.models.clip import CLIP
-from ldm.registry import register
+from ldm.registry import ConfigError, register
 from ldm.training.draws import Draws
 from ldm.training.stage import Loss, Report, Stage
 
@@ -32,6 +32,14 @@ class CLIPStage(Stage):
     def trained(self) -> nn.Module:
         """The CLIP."""
         return self.clip
+
+    @torch.no_grad()
+    def check(self, batch: Batch) -> None:
+        """Raises: ConfigError if the images are of a size that the image tower does not take."""
+        try:
+            self.clip.encode_image(batch.image)
+        except ValueError as error:
+            raise ConfigError(f"{error}: change data.size, drop data.buckets") from error
 
     def forward(self, batch: Batch, draws: Draws, player: str, step: int) -> Loss:
         """Mean of image-to-text and text-to-image cross-entropy. See Stage.forward."""

@@ -143,8 +143,23 @@ class DiffusionStage(Stage):
         return {stem(name): module for name, module in adapters.items()} | fuser | unet
 
     def check(self, batch: Batch) -> None:
-        """Raises: ConfigError if the batch does not bring every adapter's hint."""
-        self.hints(batch)
+        """Raises: ConfigError if the batch does not bring every adapter's hint, or is of a size that does not fit."""
+        hints = self.hints(batch)
+        height, width = batch.image.shape[-2:]
+        multiple = self.vae.factor * self.denoiser.unet.spec.multiple
+        if height % multiple or width % multiple:
+            raise ConfigError(
+                f"images are {width}x{height} (w x h), VAE and UNet need multiples of {multiple}; change data.size or "
+                "data.buckets"
+            )
+        for name, hint in hints.items():
+            adapter = self.denoiser.adapter(name)
+            if not adapter.image_prompt:
+                try:
+                    with torch.no_grad():
+                        adapter.prepare(adapter.encode(hint))
+                except ValueError as error:
+                    raise ConfigError(f"adapter {name!r}, images of {width}x{height} (w x h): {error}") from error
 
     @torch.no_grad()
     def cached(self, data: ImageData, device: torch.device) -> Dataset:
@@ -157,6 +172,8 @@ class DiffusionStage(Stage):
             )
         if not self.options.cache:
             return data
+        if len(getattr(view, "shapes", ())) > 1:
+            raise ConfigError("stage.cache is on, but data.buckets asks for several sizes; switch one off")
         prompted = any(self.denoiser.adapter(name).image_prompt for name in self.uses)
         return LatentData(data, self._posterior, self.base, device, self._encoded if prompted else None)
 
@@ -171,6 +188,7 @@ class DiffusionStage(Stage):
             eps = eps + o.offset_noise * draws.normal("offset", x0.shape[1], 1, 1)
         drop_text, drop_hints = self._dropped(draws)
         base = tree_map(lambda x, null: self._drop(x, null, drop_text), base, self._null_base(x0))
+        base = self._placed(base, batch)
         return Loss(self._losses(x0, base, self._hints(batch, drop_hints), t, eps).mean())
 
     @torch.no_grad()
@@ -191,6 +209,12 @@ class DiffusionStage(Stage):
         if size not in self._null:
             self._null[size] = self.base([""], size)
         return self._null[size]
+
+    def _placed(self, base: Control, batch: Batch | Latents) -> Control:
+        """Tell models with a size condition (SDXL) where the pictures were cut from; encoded ones count as whole."""
+        if self.text is None or base.vector is None or isinstance(batch, Latents) or batch.origin is None:
+            return base
+        return dataclasses.replace(base, vector=self.text.placed(base.vector, batch.origin))
 
     def _losses(self, x0: Tensor, base: Control, hints: dict[str, Any], t: Tensor, eps: Tensor) -> Tensor:
         x_t = self.schedule.add_noise(x0, eps, t)
@@ -292,6 +316,7 @@ class DiffusionStage(Stage):
                 shown.append(batch)
             draws = Draws(seed, range(count, count + b), batch.image.device)
             x0, base = self._encode(batch, draws)
+            base = self._placed(base, batch)
             t = torch.arange(count, count + b, device=x0.device) * 577 % self.schedule.steps  # coprime to T: spreads
             hints, eps = self._features(batch), draws.normal("noise", *x0.shape[1:])
             losses.append(self._losses(x0, base, hints, t, eps))

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import io
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,14 +114,18 @@ def estimate(config: RunConfig, stage: Stage, world: int = 1) -> dict[str, Memor
 
 
 class Blanks(ImageData):
-    """Black pictures with the sizes, hints and options of a config's data, which need not exist. No caption twice."""
+    """Black pictures with the hints and options of a config's data, which need not exist, and the largest of its sizes.
+
+    No caption twice.
+    """
 
     def __init__(self, config: RunConfig, length: int) -> None:
         """Raises: ConfigError if the data node is missing or wrong."""
         if config.data is None:
             raise ConfigError("data is not set; include one of configs/data/*.yaml")
         self.options: Any = registry.options("data", config.data)
-        zeros = torch.zeros(3, self.options.size, self.options.size)
+        shapes = getattr(self.options, "shapes", ((self.options.size, self.options.size),))
+        zeros = torch.zeros(3, *max(shapes, key=math.prod))
         pairing = getattr(self.options, "pairing", None)
         side = (pairing.size if pairing else 0) or self.options.size
         reference = torch.zeros(3, side, side) if self.options.reference else None

@@ -44,7 +44,8 @@ def train(config: RunConfig) -> Path:
             stage.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
             for part in (data, held_out):
                 if part is not None and len(part):
-                    stage.check(collate([part[0]]).to(rank.device))
+                    for group in part.groups().values():
+                        stage.check(collate([part[group[0]]]).to(rank.device))
             return loop.train(config, stage, data, held_out, rank)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]

@@ -1,6 +1,7 @@
 """The order of the data: which sample stands at which global position, for any number of ranks and accumulations."""
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,30 +14,83 @@ from ldm.registry import ConfigError
 from ldm.training.distributed import Rank
 from ldm.training.draws import generator
 
+log = logging.getLogger(__name__)
 
-class Positions(Dataset[tuple[int, Any]]):
-    """A data set indexed by global position: an endless sequence of epochs, each its own permutation.
 
-    Position p is sample `permutation(p // n)[p % n]`; its augmentation is drawn from (seed, "augment", p).
+def groups(data: Any) -> Mapping[str, Sequence[int]]:
+    """Indices of the samples of each size, by name (`ImageData.groups`); an encoded set is one group."""
+    return data.groups() if hasattr(data, "groups") else {"": range(len(data))}
+
+
+class Walk:
+    """Which sample stands at which position: for each group an endless sequence of epochs, each its own permutation.
+
+    Every batch is of one group. In round r a group of n samples has ceil((r + 1) n / B) - ceil(r n / B) batches of B,
+    in an order drawn for the round; each takes the next B of the group's sequence. So behind r rounds every sample was
+    taken r times at least, and no group is ahead of its share by a batch: a small one comes round more rarely.
+
+    Stateless: all of it follows from the seed, the position and the groups' sizes.
     """
 
-    def __init__(self, data: Any, seed: int) -> None:
+    def __init__(self, data: Any, seed: int, batch: int) -> None:
+        self.groups = [(name, indices) for name, indices in groups(data).items() if len(indices)]
+        self.seed = seed
+        self.batch = batch
+        self._first = 0  # step at which the round begins
+        self._plan: list[tuple[int, int]] = []  # of its steps: group, and how many batches of it were before
+        self._orders: dict[str, tuple[int, torch.Tensor]] = {}  # group -> epoch, permutation
+
+    def __call__(self, position: int) -> int:
+        """Index of the sample at a global position."""
+        step, row = divmod(position, self.batch)
+        group, before = self._batch(step)
+        name, indices = self.groups[group]
+        epoch, offset = divmod(before * self.batch + row, len(indices))
+        if self._orders.get(name, (-1,))[0] != epoch:
+            drawn = generator(self.seed, f"order.{name}" if name else "order", epoch)
+            self._orders[name] = epoch, torch.randperm(len(indices), generator=drawn)
+        return indices[int(self._orders[name][1][offset])]
+
+    def _batch(self, step: int) -> tuple[int, int]:
+        """Group of a step, and how many batches of it were before."""
+        if len(self.groups) == 1:
+            return 0, step
+        if not 0 <= step - self._first < len(self._plan):
+            self._draw(step)
+        return self._plan[step - self._first]
+
+    def _draw(self, step: int) -> None:
+        """Plan the round that a step is in."""
+        number = step * self.batch // sum(len(indices) for _, indices in self.groups)
+        while (first := sum(self._before(number))) > step:
+            number -= 1
+        had, behind = self._before(number), self._before(number + 1)
+        due = [g for g, (a, b) in enumerate(zip(had, behind, strict=True)) for _ in range(a, b)]
+        self._first, self._plan = first, []
+        for i in torch.randperm(len(due), generator=generator(self.seed, "buckets", number)).tolist():
+            self._plan.append((due[i], had[due[i]]))
+            had[due[i]] += 1
+
+    def _before(self, number: int) -> list[int]:
+        """How many batches each group has had when a round begins."""
+        return [-(-number * len(indices) // self.batch) for _, indices in self.groups]
+
+
+class Positions(Dataset[tuple[int, Any]]):
+    """A data set indexed by global position. The augmentation at p is drawn from (seed, "augment", p)."""
+
+    def __init__(self, data: Any, seed: int, batch: int) -> None:
         self.data = data
         self.seed = seed
-        self._epoch = -1
-        self._order: list[int] = []
+        self.walk = Walk(data, seed, batch)
 
     def __getitem__(self, position: int) -> tuple[int, Any]:
         """The position and its sample, or the error that the user has to see.
 
         An error raised in a worker process would arrive with that process's traceback for a message.
         """
-        epoch, offset = divmod(position, len(self.data))
-        if epoch != self._epoch:
-            self._order = torch.randperm(len(self.data), generator=generator(self.seed, "order", epoch)).tolist()
-            self._epoch = epoch
         try:
-            return position, self.data.load(self._order[offset], generator(self.seed, "augment", position))
+            return position, self.data.load(self.walk(position), generator(self.seed, "augment", position))
         except (ValueError, OSError) as error:
             return position, error
 
@@ -65,8 +119,16 @@ def batches(data: Any, config: TrainConfig, rank: Rank, seed: int, start: int) -
     Raises: what reading a sample raised, DataError above all.
     """
     micro, accumulation = split_batch(config, rank.world)
+    small = [f"{name} ({len(indices)})" for name, indices in groups(data).items() if len(indices) < config.batch]
+    if small and len(groups(data)) > 1:
+        log.warning(
+            "buckets with fewer images than train.batch=%d: %s; their batches have images several times, and come more "
+            "rarely: fewer buckets or a smaller batch avoid it",
+            config.batch,
+            ", ".join(small),
+        )
     loader = DataLoader(
-        Positions(data, seed),
+        Positions(data, seed, config.batch),
         batch_sampler=Order(start, config.steps, micro, accumulation, rank),
         collate_fn=_Collate(getattr(data, "collate", collate)),
         num_workers=config.workers,

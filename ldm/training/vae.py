@@ -16,7 +16,7 @@ from ldm.evaluation.fidelity import psnr
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.lpips import LPIPS
 from ldm.models.vae import VAE
-from ldm.registry import register
+from ldm.registry import ConfigError, register
 from ldm.training.draws import Draws
 from ldm.training.losses import adaptive_weight, hinge_discriminator
 from ldm.training.stage import Loss, Report, Stage
@@ -69,6 +69,15 @@ class VAEStage(Stage):
     def players(self) -> Mapping[str, nn.Module]:
         """The VAE, and the discriminator if there is one."""
         return {"model": self.vae} | ({} if self.disc is None else {"discriminator": self.disc})
+
+    def check(self, batch: Batch) -> None:
+        """Raises: ConfigError if the images are of a size that does not fit."""
+        height, width = batch.image.shape[-2:]
+        if height % self.vae.factor or width % self.vae.factor:
+            raise ConfigError(
+                f"images are {width}x{height} (w x h), the VAE needs multiples of {self.vae.factor}; change data.size "
+                "or data.buckets"
+            )
 
     def forward(self, batch: Batch, draws: Draws, player: str, step: int) -> Loss:
         """Loss of one player. See Stage.forward."""

@@ -61,8 +61,18 @@ def test_exif_rotation_is_applied(tmp_path, picture):
     exif[0x0112] = 6  # stored turned by 90 degrees counter-clockwise
     path = picture(tmp_path / "a.png", size=(30, 20), exif=exif)
     image = read_image(path)
-    assert image.size == (20, 30) and image_size(path) == (30, 20)
+    assert image.size == image_size(path) == (20, 30)
+
     assert image.getpixel((10, 2)) == (255, 0, 0) and image.getpixel((10, 27)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".parquet"])
+def test_a_file_whose_name_has_signs_of_patterns_is_that_file(tmp_path, suffix):
+    for name in ("a[1]", "a1", "b*"):
+        (tmp_path / f"{name}{suffix}").touch()
+    for name in ("a[1]", "b*"):
+        assert reading.parts(str(tmp_path / f"{name}{suffix}"), suffix)[1] == [tmp_path / f"{name}{suffix}"]
+    assert len(reading.parts(str(tmp_path / f"a*{suffix}"), suffix)[1]) == 2
 
 
 def test_truncated_file_is_named(tmp_path, picture):

@@ -1,5 +1,6 @@
 """The diffusion stage with a text kind that gives a context and a vector, as SDXL's does."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,19 @@ def test_a_step_tells_the_unet_context_and_vector_and_trains_it() -> None:
     torch.testing.assert_close(calls[0].vector, want.vector)
     gradient = this.denoiser.unet.get_parameter("encoder.vector_embed.0.weight").grad
     assert gradient is not None and gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("drop", [0.0, 1.0])
+def test_the_unet_is_told_where_pictures_were_cut_from_with_or_without_their_caption(drop: float) -> None:
+    this = stage(drop_text=drop)
+    calls = heard(this)
+    data = dataclasses.replace(batch(["a cat", "a dog"]), origin=torch.tensor([[SIZE, SIZE, 0, 0], [90, 48, 8, 0]]))
+    loss(this, data, 2)
+    said = ["a cat", "a dog"] if drop == 0 else ["", ""]
+    whole, cut = calls[0].vector, this.base(said, (90, 48)).vector
+    assert whole is not None and cut is not None
+    torch.testing.assert_close(whole[0], this.base(said, (SIZE, SIZE)).vector[0])  # pyright: ignore
+    torch.testing.assert_close(whole[1, : 6 + 2 * 256], cut[1, : 6 + 2 * 256])  # pooled text, original size
 
 
 def test_a_dropped_caption_is_the_empty_one_in_context_and_vector() -> None:

@@ -91,6 +91,12 @@ def test_shipped_configs_are_estimated_within_15_percent(name: str, switch: tupl
     assert agree(estimate.estimate(cfg, estimate.meta_stage(cfg)), measured(lambda: run.train(cfg)))
 
 
+def test_the_largest_of_several_sizes_is_counted() -> None:
+    node = "data={name: folder, root: none, size: 16, hints: {edge: h}, buckets: {sizes: [[16, 8], [16, 24]]}}"
+    sample = estimate.Blanks(tiny("controlnet", node, "stage.cache=false"), 1).load(0)
+    assert sample.image.shape == sample.hints["edge"].shape == (3, 24, 16)
+
+
 class Ending(estimate.Blanks):
     """Data that ends a run before its checkpoint, which would write 6 GB."""
 

@@ -1,8 +1,9 @@
 import os
 import signal
 import time
+from collections import Counter
 from itertools import chain, islice
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ import torch
 from ldm.config import TrainConfig
 from ldm.data.errors import DataError
 from ldm.data.images import ImageData, Sample
+from ldm.data.subset import Part
 from ldm.registry import ConfigError
 from ldm.training.distributed import Rank
-from ldm.training.stream import Order, Positions, batches, positions, split_batch
+from ldm.training.stream import Order, Positions, Walk, batches, positions, split_batch
 
 SIZE = 10  # samples, so that a batch of 4 straddles epochs
 
@@ -35,10 +37,10 @@ def rank(index: int = 0, world: int = 1) -> Rank:
 
 
 def run(
-    config: TrainConfig, world: int = 1, start: int = 0, seed: int = 0
+    config: TrainConfig, world: int = 1, start: int = 0, seed: int = 0, data: ImageData | None = None
 ) -> list[dict[int, tuple[str, torch.Tensor]]]:
     """For each step: global position -> key and image, over all ranks."""
-    streams = [batches(Numbers(), config, rank(i, world), seed, start) for i in range(world)]
+    streams = [batches(data or Numbers(), config, rank(i, world), seed, start) for i in range(world)]
     steps: list[dict[int, tuple[str, torch.Tensor]]] = []
     for parts in zip(*streams, strict=True):
         found: dict[int, tuple[str, torch.Tensor]] = {}
@@ -109,14 +111,14 @@ def test_seed_changes_order_and_augmentation() -> None:
     config = TrainConfig(batch=4, steps=2)
     one, two = run(config, seed=0), run(config, seed=1)
     assert [k for k, _ in one[0].values()] != [k for k, _ in two[0].values()]
-    same_sample = Positions(Numbers(), 0)[3], Positions(Numbers(), 0)[3 + SIZE]
+    same_sample = Positions(Numbers(), 0, 4)[3], Positions(Numbers(), 0, 4)[3 + SIZE]
     assert same_sample[0][0] == 3 and same_sample[1][0] == 3 + SIZE
     first_pixels = {float(sample.image[0, 0, 0]) for _, sample in same_sample}
     assert len(first_pixels) == 2
 
 
 def test_positions_can_be_read_in_any_order() -> None:
-    there, back = Positions(Numbers(), 0), Positions(Numbers(), 0)
+    there, back = Positions(Numbers(), 0, 4), Positions(Numbers(), 0, 4)
     forth = {p: there[p][1].key for p in range(25)}
     assert {p: back[p][1].key for p in reversed(range(25))} == forth
 
@@ -130,6 +132,78 @@ def test_micro_batches_of_a_step_come_together() -> None:
     stream = batches(Numbers(), TrainConfig(batch=4, micro_batch=2, steps=3), rank(), 0, 0)
     steps = list(islice(stream, 2))
     assert [[where for where, _ in step] for step in steps] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+
+
+class Shapes(Numbers):
+    """19 samples of three sizes; one size has fewer than a batch."""
+
+    sizes: ClassVar = {"2x2": range(11), "4x2": range(11, 17), "2x4": range(17, 19)}
+
+    def __len__(self) -> int:
+        return 19
+
+    def groups(self) -> dict[str, range]:
+        return self.sizes
+
+    def load(self, index: int, generator: torch.Generator | None = None) -> Sample:
+        plain = super().load(index, generator)
+        (name,) = (name for name, indices in self.sizes.items() if index in indices)
+        width, height = map(int, name.split("x"))
+        return Sample(plain.key, plain.image[:, :1, :1].expand(3, height, width), "")
+
+
+def walked(steps: int, batch: int = 4, seed: int = 0) -> list[list[int]]:
+    """Indices of each step's samples."""
+    walk = Walk(Shapes(), seed, batch)
+    return [[walk(p) for p in range(batch * step, batch * (step + 1))] for step in range(steps)]
+
+
+def test_every_batch_is_of_one_size_on_any_ranks_accumulation_and_workers() -> None:
+    whole = run(TrainConfig(batch=4, steps=12), data=Shapes())
+    assert all(len({x.shape for _, x in step.values()}) == 1 for step in whole)
+    assert len({tuple(x.shape) for step in whole for _, x in step.values()}) == 3
+    for world, micro, workers in ((2, None, 0), (2, 1, 0), (4, 1, 0), (1, 2, 2)):
+        config = TrainConfig(batch=4, steps=12, micro_batch=micro, workers=workers)
+        assert same(run(config, world, data=Shapes()), whole)
+    assert same(run(TrainConfig(batch=4, steps=12), start=7, data=Shapes()), whole[7:])
+
+
+@pytest.mark.parametrize("batch", [1, 4, 7, 32])
+def test_every_sample_is_seen_once_a_round_and_no_size_is_ahead_by_a_batch(batch: int) -> None:
+    steps = walked(40, batch)
+    seen, rounds = Counter[int](), 0
+    for step, indices in enumerate(steps, start=1):
+        seen.update(indices)
+        while step == sum(-(-(rounds + 1) * len(group) // batch) for group in Shapes.sizes.values()):
+            rounds += 1
+            assert all(seen[i] >= rounds for i in range(19))
+            for group in Shapes.sizes.values():
+                assert 0 <= sum(seen[i] for i in group) - rounds * len(group) < batch
+    assert rounds >= 2
+
+
+def test_buckets_come_mixed_by_the_seed_and_can_be_had_in_any_order() -> None:
+    steps = walked(30)
+    assert steps != walked(30, seed=1)
+    kinds = [next(name for name, group in Shapes.sizes.items() if step[0] in group) for step in steps]
+    assert kinds != sorted(kinds) and kinds[:6] != kinds[6:12]
+    walk = Walk(Shapes(), 0, 4)
+    assert [[walk(p) for p in range(4 * step, 4 * step + 4)] for step in reversed(range(30))] == steps[::-1]
+    assert Walk(Shapes(), 0, 4)(4 * 10**9) in range(19)  # far out: nothing is counted up to there
+
+
+def test_part_of_a_set_has_the_rest_of_its_buckets() -> None:
+    part = Part(Shapes(), 12)
+    groups = part.groups()
+    assert sorted(i for indices in groups.values() for i in indices) == list(range(12))
+    for name, indices in groups.items():
+        assert {part[i].image.shape for i in indices} == {(3, *map(int, reversed(name.split("x"))))}
+    assert Part(Numbers(), 4).groups() == {"": [0, 1, 2, 3]}
+
+
+def test_buckets_smaller_than_a_batch_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    run(TrainConfig(batch=4, steps=1), data=Shapes())
+    assert "fewer images than train.batch=4: 2x4 (2);" in caplog.text
 
 
 def test_order_is_not_made_before_it_is_asked_for() -> None:
