@@ -71,6 +71,7 @@ class TrainConfig:
     threads: int | None = None  # torch CPU threads per rank; null = torch's default
     max_nonfinite: int = 10  # abort after this many steps in a row whose gradients were not finite
     init_from: str | None = None  # weights to start from (safetensors of the trained part); never a resume
+    allow_changes: bool = False  # go on with a run though the config, or the data set, is another than it began with
 
 
 @dataclasses.dataclass(frozen=True)

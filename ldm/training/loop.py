@@ -51,12 +51,14 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
         Stopped behind a checkpoint if one of `signals.SIGNALS` came to any rank.
     """
     folder = Path(config.run.dir)
-    state = _start(config, stage, folder, rank)
+    state = _start(config, stage, data, folder, rank)
     wrapped = wrap(stage, rank, partial=stage.partial)
     with autocast(config.train.precision, rank.device):
         source = stage.cached(data, rank.device)
-    metrics = Metrics(folder, config.log, state.step) if rank.main else None
     measures = judges(config, stage.trained) if rank.main and held_out is not None else {}
+    if rank.main and state.step < config.train.steps:
+        describe_run(config, folder)  # after all that may refuse the config
+    metrics = Metrics(folder, config.log, state.step) if rank.main else None
     bar = tqdm(total=config.train.steps, initial=state.step, desc=folder.name, disable=not rank.main, mininterval=1.0)
     clock = time.perf_counter()
     with closing(metrics) if metrics else nullcontext(), bar as progress, listening() as asked:  # its line comes last
@@ -93,7 +95,7 @@ def _due(state: State, every: int, config: RunConfig) -> bool:
     return state.step % every == 0 or state.step == config.train.steps
 
 
-def _start(config: RunConfig, stage: Stage, run: Path, rank: Rank) -> State:
+def _start(config: RunConfig, stage: Stage, data: ImageData, run: Path, rank: Rank) -> State:
     """Optimizers and EMA for the trainable parameters; resume if the run folder has a complete checkpoint."""
     _, accumulation = stream.split_batch(config.train, rank.world)  # refused before anything is written
     if accumulation > 1 and stage.whole_batch:
@@ -120,15 +122,13 @@ def _start(config: RunConfig, stage: Stage, run: Path, rank: Rank) -> State:
         parameters=parameters,
         ema=EMA(stage.trained, config.train.ema) if config.train.ema else None,
         scaler=torch.amp.GradScaler(rank.device.type, enabled=fp16),
+        samples={size: len(indices) for size, indices in stream.groups(data).items()},
     )
     if folder is not None:
         state_module.restore(state, stage, config, folder)
         log.info("continuing %s at step %d", folder, state.step)
     if state.step >= config.train.steps:
         log.info("%s is at step %d of %d: nothing is left to train", run, state.step, config.train.steps)
-    elif rank.main:
-        describe_run(config, run)
-    rank.barrier()
     return state
 
 

@@ -1,6 +1,7 @@
 """Everything that changes during training, and its way into a checkpoint and back."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -21,11 +22,16 @@ from ldm.training.metrics import git_revision
 from ldm.training.stage import Stage
 
 log = logging.getLogger(__name__)
-SAME = ("seed", "model", "adapters", "fuser", "stage", "data", "train.batch")  # a continued run is the same in these
-OPEN = ("train", "checkpoint", "validation")  # in these it may differ, and says so
-EXCEPT = ("stage.preview_steps", "stage.preview_guidance", "data.memory")  # but these leave its numbers as they are
+UNREAD = ("run", "sample", "grid", "out", "train.allow_changes")  # training does not read them
+FREE = (  # in these a run may differ when it goes on, and says so: what is computed stays the same but for rounding
+    *("checkpoint", "log", "validation", "evaluation", "device", "deterministic", "train.steps", "train.init_from"),
+    *("train.micro_batch", "train.shard", "train.checkpoint_activations", "train.workers", "train.worker_timeout"),
+    *("train.threads", "train.max_nonfinite", "stage.preview_steps", "stage.preview_guidance"),
+    *("data.memory", "data.max_bad"),
+)
 SAVED = {"step", "skipped", "config", "names", "parameters", "buffers", "optimizers", "ema", "scaler"}
 WAY_OUT = "use the config of that run, or another run.dir (train.init_from takes over its weights)"
+ALLOW = "to go on with the change, train.allow_changes=true"
 
 
 @dataclass
@@ -39,6 +45,7 @@ class State:
     step: int = 0
     skipped: int = 0  # steps whose gradients were not finite
     skipped_in_a_row: int = 0
+    samples: dict[str, int] = field(default_factory=dict)  # of the data set: how many of each size
     window: list[dict[str, Tensor]] = field(default_factory=list)  # scalars since the last log line, on the device
     keys: list[list[str]] = field(default_factory=list)  # sample keys of the same steps
 
@@ -85,6 +92,8 @@ def _training(config: RunConfig, stage: Stage, state: State) -> dict[str, Any]:
         "step": state.step,
         "skipped": state.skipped,
         "config": _plain(config),
+        "cwd": os.getcwd(),  # of the config's paths
+        "samples": state.samples,
         "names": {player: list(ps) for player, ps in state.parameters.items()},
         "parameters": {player: [p.detach() for p in ps.values()] for player, ps in state.parameters.items()},
         "buffers": _buffers(stage),
@@ -102,9 +111,8 @@ def restore(state: State, stage: Stage, config: RunConfig, folder: Path) -> None
     saved = checkpoint.read_state(folder)
     if missing := sorted(SAVED - saved.keys()):
         raise ConfigError(f"{folder} has no {', '.join(missing)} in its training state; {WAY_OUT}")
-    _check(saved, state, stage, config, folder)
-    for change in _differences(saved["config"], config, OPEN):
-        log.info("changed since %s: %s", folder.name, change)
+    _check_config(saved, state, config, folder)
+    _check(saved, state, stage, folder)
     saved = shards.fill(saved, folder / checkpoint.SHARDS, next(iter(state.parameters["model"].values())))
     with torch.no_grad():
         for player, parameters in state.parameters.items():
@@ -125,10 +133,23 @@ def restore(state: State, stage: Stage, config: RunConfig, folder: Path) -> None
     state.step, state.skipped = saved["step"], saved["skipped"]
 
 
-def _check(saved: Mapping[str, Any], state: State, stage: Stage, config: RunConfig, folder: Path) -> None:
+def _check_config(saved: Mapping[str, Any], state: State, config: RunConfig, folder: Path) -> None:
+    """Refuse a config, or a data set, that makes another run of it, unless that is allowed; name what changed."""
+    changes = _differences(saved["config"], config, saved.get("cwd", "."))
+    had = saved.get("samples", state.samples)  # runs before they were counted
+    for size in sorted({size for size, _ in had.items() ^ state.samples.items()}):
+        what = f"data with samples of {size}" if size else "data with samples"
+        changes[f"data {size}"] = f"{what}={had.get(size, 0)}, not {state.samples.get(size, 0)}"
+    free = [key for key in FREE if key != "train.steps" or config.train.decay == "constant"]  # decay goes by the steps
+    refused = [change for key, change in changes.items() if not _within(key, free)]
+    if refused and not config.train.allow_changes:
+        raise ConfigError(f"{folder} is of a run with {'; '.join(refused)}; {WAY_OUT}; {ALLOW}")
+    for change in changes.values():
+        log.info("changed since %s: %s", folder.name, change)
+
+
+def _check(saved: Mapping[str, Any], state: State, stage: Stage, folder: Path) -> None:
     """Refuse another run's state before anything is changed."""
-    if differing := _differences(saved["config"], config, SAME):
-        raise ConfigError(f"{folder} is of a run with {'; '.join(differing)}; {WAY_OUT}")
     if saved["parameters"].keys() != state.parameters.keys():
         theirs, ours = (", ".join(x["parameters"]) for x in (saved, vars(state)))
         raise ConfigError(f"{folder} trains {theirs}, this config {ours}; {WAY_OUT}")
@@ -149,11 +170,22 @@ def _check(saved: Mapping[str, Any], state: State, stage: Stage, config: RunConf
         raise ConfigError(f"{folder} has EMA weights that train.ema=null would drop; set train.ema, or another run.dir")
 
 
-def _differences(theirs: Mapping[str, Any], config: RunConfig, among: Sequence[str]) -> list[str]:
-    """Keys within these that the config has otherwise than a saved one, with both values."""
+def _differences(theirs: Mapping[str, Any], config: RunConfig, cwd: str) -> dict[str, str]:
+    """Keys that the config has otherwise than a saved one, with both values. `cwd`: where that one's paths are from."""
     old, new = _flat(_plain(RunConfig())) | _flat(theirs), _flat(_plain(config))
-    compared = [k for k in sorted(old.keys() | new.keys()) if f"{k}.".startswith(tuple(f"{s}." for s in among))]
-    return [f"{k}={old.get(k)!r}, not {new.get(k)!r}" for k in compared if k not in EXCEPT and old.get(k) != new.get(k)]
+    keys = [k for k in sorted(old.keys() | new.keys()) if not _within(k, UNREAD)]
+    return {k: f"{k}={old.get(k)!r}, not {new.get(k)!r}" for k in keys if not _same(old.get(k), new.get(k), cwd)}
+
+
+def _within(key: str, among: Sequence[str]) -> bool:
+    return f"{key}.".startswith(tuple(f"{group}." for group in among))
+
+
+def _same(old: Any, new: Any, cwd: str) -> bool:
+    """Whether two values are equal, or texts that are the same file: the old one as seen from `cwd`."""
+    if old == new or not (isinstance(old, str) and isinstance(new, str)):
+        return old == new
+    return os.path.realpath(os.path.join(cwd, old)) == os.path.realpath(new)
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:

@@ -207,19 +207,19 @@ FIRST = ["train.steps=1", "train.batch=2", "train.ema=0.9", *DISC]
         ("train.batch=4", r"train\.batch=2, not 4"),
         ("data.length=32", r"data\.length=64, not 32"),
         ("model.vae.groups=2", r"model\.vae\.groups="),
-        ("train.ema=null", r"EMA weights that train\.ema=null would drop"),
-        ("train.trainable=[decoder.*]", r"do not both train 'encoder\..*' of 'model'"),
+        ("train.ema=null train.allow_changes=true", r"EMA weights that train\.ema=null would drop"),
+        ("train.trainable=[decoder.*] train.allow_changes=true", r"do not both train 'encoder\..*' of 'model'"),
     ],
 )
 def test_what_a_run_may_not_change_while_it_goes_on_is_named(argument: str, message: str, tmp_path: Path) -> None:
     start("vae", tmp_path, *FIRST)
     with pytest.raises(ConfigError, match=message):
-        start("vae", tmp_path, *FIRST, "train.steps=2", argument)
+        start("vae", tmp_path, *FIRST, "train.steps=2", *argument.split())
 
 
 def test_a_run_may_go_on_with_other_steps_rates_and_precision(tmp_path: Path, caplog: Any) -> None:
     start("vae", tmp_path, *FIRST, "train.precision=bf16")
-    other = ["train.lr=1e-5", "train.weight_decay=0.5", "train.decay=cosine", "log.every=2", "checkpoint.keep_last=5"]
+    other = ["train.lr=1e-5", "train.weight_decay=0.5", "train.decay=cosine", "log.every=2", "train.allow_changes=true"]
     caplog.set_level("INFO")
     folder = start("vae", tmp_path, *FIRST, "train.steps=2", "train.precision=fp16", *other)
     assert "changed since step-00000001: train.lr=" in caplog.text
@@ -229,10 +229,10 @@ def test_a_run_may_go_on_with_other_steps_rates_and_precision(tmp_path: Path, ca
 
 
 def test_averages_that_begin_with_a_resume_begin_at_the_trained_weights(tmp_path: Path) -> None:
-    more = ["train.batch=2", "train.lr=0.1"]
-    first = start("vae", tmp_path, "train.steps=1", "train.ema=null", *more)
+    first = start("vae", tmp_path, "train.steps=1", "train.ema=null", "train.batch=2", "train.lr=0.1")
     trained = checkpoint.read_state(first)["parameters"]["model"]
-    last = start("vae", tmp_path, "train.steps=2", "train.ema=0.9", "train.batch=2", "train.lr=0")
+    other = ["train.ema=0.9", "train.lr=0", "train.allow_changes=true"]
+    last = start("vae", tmp_path, "train.steps=2", "train.batch=2", *other)
     averages = checkpoint.read_state(last)["ema"]["weights"].values()
     for mean, value in zip(averages, trained, strict=True):
         torch.testing.assert_close(mean, value)

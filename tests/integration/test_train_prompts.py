@@ -28,6 +28,6 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, caplog: pytest.LogCaptu
     start(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with caplog.at_level("INFO"):
-        start(tmp_path, "train.lr=1")
+        start(tmp_path, "checkpoint.every=7")
     assert "nothing is left to train" in caplog.text
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
