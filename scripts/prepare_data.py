@@ -1,4 +1,4 @@
-"""Make, check and look at data sets: `emoji --out DIR`, `check DIR`, `preview CONFIG`."""
+"""Make, check and look at data sets: `emoji --out DIR`, `check DIR or CONFIG`, `preview CONFIG`."""
 
 import argparse
 import logging
@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import adapters  # noqa: F401  registers the hint extractors
 from ldm import config, registry
 from ldm.data.check import check
 from ldm.data.emoji import build_emoji
@@ -23,7 +24,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     emoji.add_argument("--tarballs", type=Path, help="folder with the packages' .tgz files (default: `npm pack`)")
     emoji.add_argument("--size", type=int, default=128, help="side of the images in pixels (default: 128)")
     checks = commands.add_parser("check", help="report missing, corrupt, mismatched and odd-sized entries")
-    checks.add_argument("dir", type=Path)
+    checks.add_argument("dir", type=Path, help="data folder, or YAML file with a data node, of any reader")
     preview = commands.add_parser("preview", help="write a PNG of exactly what the network will see")
     preview.add_argument("config", metavar="CONFIG", help="YAML file with a data node")
     preview.add_argument("overrides", nargs="*", metavar="key=value", help="override any key, e.g. data.size=32")

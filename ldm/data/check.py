@@ -1,4 +1,4 @@
-"""Inspect a data folder: which entries are missing, corrupt, mismatched or of an odd size."""
+"""Inspect a data folder, or what a config reads: which entries are missing, corrupt, mismatched or of an odd size."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from ldm import config, registry
+from ldm.data.entries import EntryData, HintSizeError
 from ldm.data.errors import DataError
 from ldm.data.reading import SUFFIXES, inside, read_image
 from ldm.data.records import METADATA, PROMPTS, Record, layout_of, read_records, sidecar_rows
@@ -20,7 +22,7 @@ class Report:
     """What `check` found.
 
     Attributes:
-        layout: "folder", "sidecar" or "fill50k".
+        layout: "folder", "sidecar" or "fill50k"; of a config the reader.
         images: number of entries.
         problems: problem (one of PROBLEMS) -> one line per affected file.
     """
@@ -48,12 +50,17 @@ class Report:
 def check(root: Path) -> Report:
     """Decode every image of a data folder and every hint beside it.
 
+    A YAML file in place of the folder is a config: the images, captions and hints that its `data` reads are decoded,
+    whatever the reader (shards and tables too), and what cannot be read is "corrupt". Of a folder itself:
+
     In a folder layout each column with image paths is a hint. In a sidecar layout an image without a caption is a
     hint of the captioned one with the same path below another folder, or else lacks its caption.
     "odd-sized" is an image shorter than 16 pixels, or one unlike the size that at least 90 % of the images share.
 
-    Raises: DataError when root is not a data folder at all.
+    Raises: DataError when root is not a data folder at all, or the config's data cannot be opened.
     """
+    if root.suffix == ".yaml":
+        return _check_config(root)
     layout = layout_of(root)
     report = Report(layout)
     rows = _pair_sidecars(root, report) if layout == "sidecar" else read_records(root, layout)
@@ -73,6 +80,18 @@ def check(root: Path) -> Report:
                     f"{row.columns[column]} is {_text(other)}, its image {row.file} is {_text(size)}"
                 )
     report.problems["odd-sized"] += _odd(sizes)
+    return report
+
+
+def _check_config(file: Path) -> Report:
+    node = config.load(file).data or {}
+    if "max_bad" not in registry.keys("data", node.get("name")):
+        raise DataError(f"{file} has no data node that reads files; add e.g. data: {{name: webdataset, ...}}")
+    data: EntryData = registry.build("data", {**node, "max_bad": 1.0, "memory": False})
+    report = Report(str(node["name"]), len(data))
+    report.problems["corrupt"] += data.bad.values()
+    for error in data.problems():
+        report.problems["mismatched" if isinstance(error, HintSizeError) else "corrupt"].append(str(error))
     return report
 
 

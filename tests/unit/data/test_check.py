@@ -1,9 +1,10 @@
 import pytest
 
+import ldm.data  # noqa: F401  registers the readers
 from ldm.data import DataError
 from ldm.data.check import check
 
-from .conftest import write_rows
+from .conftest import picture_bytes, write_rows, write_tar
 
 
 def found(root):
@@ -66,6 +67,22 @@ def test_sidecar(tmp_path, picture):
     assert report.images == 2
     assert report.problems["missing"] == ["c.txt, the caption of c.png"]
     assert report.problems["mismatched"] == ["hints/a.png is 24x12, its image a.png is 24x24"]
+
+
+def test_a_config_is_checked_as_its_reader_reads(tmp_path):
+    whole, other = picture_bytes(), picture_bytes(size=(20, 24))
+    files = [(f"{n}.{end}", data) for n in range(4) for end, data in (("png", whole), ("txt", b"a"), ("e.png", whole))]
+    files[3], files[8] = ("1.png", whole[:-30]), ("2.e.png", other)
+    write_tar(tmp_path / "a.tar", files)
+    file = tmp_path / "config.yaml"
+    file.write_text(f"data: {{name: webdataset, root: {tmp_path}, size: 16, hints: {{edge: e.png}}}}")
+    report = check(file)
+    assert {name: len(lines) for name, lines in report.problems.items() if lines} == {"corrupt": 1, "mismatched": 1}
+    assert report.lines()[0].startswith("webdataset layout, 4 images: 0 missing, 1 corrupt")
+    assert "a.tar:1.png cannot be decoded" in report.problems["corrupt"][0]
+    file.write_text("data: {name: synthetic, size: 16}")
+    with pytest.raises(DataError, match="config.yaml has no data node that reads files"):
+        check(file)
 
 
 def test_no_data_folder_is_an_error(tmp_path):
