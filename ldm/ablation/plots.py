@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ldm.ablation.results import Result
-    from ldm.ablation.table import Table
+from ldm.ablation.result import Result
+from ldm.ablation.table import Table
 
 
-def draw(table: "Table", found: Sequence["Result"], file: Path) -> None:
+def draw(table: Table, found: Sequence[Result], file: Path) -> None:
     """One panel per measure: every run a dot, the means of the rows joined where rows are steps of one number.
 
     A table with a `curve` gets a panel of its course. Does nothing without matplotlib.
@@ -35,7 +34,7 @@ def draw(table: "Table", found: Sequence["Result"], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def _dots(panel: Any, table: "Table", found: Sequence["Result"], measure: str) -> None:
+def _dots(panel: Any, table: Table, found: Sequence[Result], measure: str) -> None:
     rows = [row.name for row in table.rows if any(r.row == row.name for r in found)]
     axis = next(iter(table.file.grid.values())) if len(table.file.grid) == 1 and not table.file.rows else None
     numbers = axis if axis and all(isinstance(x, int | float) for x in axis) else None

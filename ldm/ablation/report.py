@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from ldm.ablation import results, table
-from ldm.ablation.results import Result
+from ldm.ablation.result import Result
 from ldm.ablation.table import Table
 from ldm.registry import ConfigError
 

@@ -8,11 +8,11 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
 
 from ldm.ablation import plots
+from ldm.ablation.result import Result
 from ldm.ablation.table import Claim, Table, parse_claim
 from ldm.evaluation.arms import CEILING, CHANCE
 from ldm.evaluation.intervals import Interval
@@ -22,35 +22,6 @@ STEEPEST: Final = "steepest_tenth"  # largest share of a curve's whole rise made
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 T: Final = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 COLUMNS: Final = ("row", "seed", "measure", "arm", "mean", "low", "high", "items", "config", "train_s", "measure_s")
-
-
-@dataclass(frozen=True)
-class Result:
-    """One run of one row.
-
-    Attributes:
-        row: its name.
-        seed: of the run.
-        arm: which arm of the evaluation was read; "" where figures are the stage's own.
-        figures: measure -> mean and 95 % interval over items (a point where there is none).
-        items: how many pictures.
-        config: digest of the run's config.
-        seconds: "train" and "measure".
-        course: step and value of the table's `curve`.
-    """
-
-    row: str
-    seed: int
-    arm: str
-    figures: Mapping[str, Interval]
-    items: int
-    config: str = ""
-    seconds: Mapping[str, float] = field(default_factory=dict[str, float])
-    course: Sequence[tuple[int, float]] = ()
-
-    def record(self) -> dict[str, Any]:
-        """As plain values."""
-        return dataclasses.asdict(self)
 
 
 def of(table: Table, row: str, seed: int, record: Mapping[str, Any], course: Sequence[tuple[int, float]]) -> Result:

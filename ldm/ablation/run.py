@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ldm.ablation import results
-from ldm.ablation.results import Result
+from ldm.ablation.result import Result
 from ldm.ablation.table import Row, Table, run_name, trains
 from ldm.config import RunConfig, RunDir
 from ldm.evaluation.run import evaluate

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ldm.ablation import compare, report, results, table
-from ldm.ablation.results import Result
+from ldm.ablation.result import Result
 from ldm.evaluation.intervals import Interval
 from ldm.registry import ConfigError
 
