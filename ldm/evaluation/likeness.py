@@ -1,20 +1,21 @@
 """Measures of what a picture shows: how well it fits its caption, a reference, or the real picture of its item."""
 
+import pickle
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm import build
 from ldm.evaluation.features import resized, tower
 from ldm.evaluation.fidelity import psnr, ssim
 from ldm.evaluation.measures import ClipI, Measure
-from ldm.models.clip import CLIP, ImageTower
+from ldm.models.clip import CLIP
 from ldm.models.lpips import LPIPS
-from ldm.models.text import TextEncoder
-from ldm.registry import ConfigError, register
+from ldm.registry import ConfigError, register, suggest
 
 
 class _OfPictures(Measure):
@@ -103,57 +104,85 @@ class ClipT(Measure):
     reads = "caption"
 
     def __init__(
-        self,
-        clip: Mapping[str, Any] | None = None,
-        image: Mapping[str, Any] | None = None,
-        text: Mapping[str, Any] | None = None,
+        self, clip: Mapping[str, Any] | None = None, model: str | None = None, weights: str | None = None
     ) -> None:
-        """Take one of our CLIPs whole, or two towers of a published one.
+        """Take one of our CLIPs, or a published one.
 
         Args:
             clip: kind "clip", with `weights`.
-            image: kind "image", with `weights`, behind its projection (`open_clip`).
-            text: kind "text", with `weights` and `projection`.
+            model: instead, a name of open_clip's list, e.g. "ViT-H-14" or "ViT-L-14-quickgelu" (OpenAI's weights).
+            weights: its weight file; nothing is downloaded.
         """
-        given = {"clip": clip, "image": image, "text": text}
-        nodes = {key: node for key, node in given.items() if node is not None}
-        if list(nodes) not in (["clip"], ["image", "text"]):
-            raise ConfigError(f"clip_t has {', '.join(nodes) or 'no model'}; give clip, or both image and text")
-        for key, node in nodes.items():
-            if not node.get("weights"):
-                raise ConfigError(f"clip_t.{key} has no weights: a random network measures nothing; name a weight file")
-        self.models = [(key, node, key) for key, node in nodes.items()]
-        built: dict[str, Any] = {key: build.component(key, dict(node), f"clip_t.{key}") for key, node in nodes.items()}
-        for module in built.values():
-            build.frozen(module)
-        whole: CLIP | None = built.get("clip")
-        self._clip = whole
-        self._image: ImageTower = built["image"] if whole is None else whole.image
-        self._text: TextEncoder = built["text"] if whole is None else whole.text
-        if whole is None and self._text.text_proj is None:
-            raise ConfigError("clip_t.text.projection is null, must be the width of the image's features")
+        if (clip is None) == (model is None) or (model is None) != (weights is None):
+            raise ConfigError("clip_t takes clip, or model and weights: give one of the two")
+        if clip is not None and not clip.get("weights"):
+            raise ConfigError("clip_t.clip has no weights: a random network measures nothing; name a weight file")
+        if clip is not None:
+            self.models = [("clip", clip, "clip")]
+            self._clip: Any = _Ours(build.component("clip", dict(clip), "clip_t.clip"))
+        else:
+            assert model is not None and weights is not None
+            self.models = [("file", {"weights": weights}, "weights")]
+            self._clip = _Published(model, weights)
+        build.frozen(self._clip)
 
     def picture(self, images: Tensor) -> Tensor:
         """Unit vectors b d."""
-        x = resized(images, self._image.image_size) * 2 - 1
-        self._move(x.device)
+        self._clip.to(images.device)
+        x = resized(images, self._clip.side)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return F.normalize(self._image(x), dim=-1) if self._clip is None else self._clip.encode_image(x)
+            return F.normalize(self._clip.image(x), dim=-1)
 
     def hint(self, hint: Sequence[str]) -> Tensor:
         """Unit vectors b d of captions; long ones are cut."""
-        ids = self._text.ids(hint)
-        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-            if self._clip is not None:
-                return self._clip.encode_text(ids)
-            pooled = self._text.outputs(ids)[1]
-            assert pooled is not None
-            return F.normalize(pooled, dim=-1)
+        device = next(self._clip.parameters()).device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return F.normalize(self._clip.text(hint), dim=-1)
 
     def score(self, pictures: Tensor, hints: Tensor) -> Tensor:
         """Cosines b."""
-        return (pictures * hints.to(pictures.device)).sum(dim=-1)
+        return (pictures * hints).sum(dim=-1)
 
-    def _move(self, device: torch.device) -> None:
-        for module in (self._image, self._text) if self._clip is None else (self._clip,):
-            module.to(device)
+
+class _Ours(nn.Module):
+    """A CLIP of this project: pictures in [0, 1] and captions to vectors."""
+
+    def __init__(self, clip: CLIP) -> None:
+        super().__init__()
+        self.clip, self.side = clip, clip.image.image_size
+
+    def image(self, x: Tensor) -> Tensor:
+        return self.clip.encode_image(x * 2 - 1)
+
+    def text(self, captions: Sequence[str]) -> Tensor:
+        return self.clip.encode_text(self.clip.text.ids(captions))
+
+
+class _Published(nn.Module):
+    """The same of one of open_clip's models."""
+
+    def __init__(self, model: str, weights: str) -> None:
+        super().__init__()
+        import open_clip  # slow to import: not before a model is built
+
+        if model not in (known := open_clip.list_models()):
+            raise ConfigError(f"clip_t.model is {model!r}, none of open_clip's names{suggest(model, known)}")
+        meta = torch.get_default_device().type == "meta"
+        if not meta and not Path(weights).is_file():
+            raise ConfigError(f"clip_t.weights {weights} does not exist; download the weights of {model} there")
+        try:
+            self.clip: Any = open_clip.create_model(model, pretrained=None if meta else weights)
+            self.words = open_clip.get_tokenizer(model)
+        except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"clip_t.weights {weights} are not those of {model} ({reason})") from error
+        told = open_clip.get_model_preprocess_cfg(self.clip)
+        self.side: int = self.clip.visual.image_size[0]
+        mean, std = (torch.tensor(told[key]).view(3, 1, 1) for key in ("mean", "std"))
+        self.mean, self.std = nn.Buffer(mean), nn.Buffer(std)
+
+    def image(self, x: Tensor) -> Tensor:
+        return self.clip.encode_image((x - self.mean) / self.std)
+
+    def text(self, captions: Sequence[str]) -> Tensor:
+        return self.clip.encode_text(self.words(list(captions)).to(self.mean.device))

@@ -51,6 +51,7 @@ class Evaluation:
         obedience: their scores, likewise.
         trained: weight files taken from the run, not named in the config.
         compared: set -> scores of its metrics.
+        folder: where the pictures lay; None where they were drawn.
     """
 
     config: RunConfig
@@ -59,6 +60,7 @@ class Evaluation:
     obedience: Obedience | None
     trained: Sequence[Path]
     compared: Mapping[str, Compared] = field(default_factory=dict[str, Compared])
+    folder: Path | None = None
 
     @property
     def marks(self) -> list[str]:
@@ -69,24 +71,28 @@ class Evaluation:
     def record(self) -> dict[str, Any]:
         """Everything that says what was measured and how, as plain values; figures first."""
         c = self.config
-        drawn: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         if self.plan and self.obedience:
             arms = {arm: {n: use.scale for n, use in uses.items()} for arm, uses in self.plan.arms.items()}
             rows = {a: {n: _plain(rows) for n, rows in named.items()} for a, named in self.obedience.rows.items()}
-            drawn = {
+            how = {
+                "seeds": [c.seed, c.seed + self.obedience.items - 1],
+                "arms": arms,
+                "sampler": c.sample.sampler,
+                "guidance": dataclasses.asdict(c.sample.guidance),
+            }
+            found = {
                 "measures": {adapter: named for adapter, named in rows.items() if adapter != PICTURES},
                 "pictures": rows.get(PICTURES, {}),
                 "sets": {n: {m: _plain(v) for m, v in found.scores.items()} for n, found in self.compared.items()},
                 "references": {name: dict(found.reference) for name, found in self.compared.items()},
                 "marks": self.marks,
                 "items": self.obedience.items,
-                "seeds": [c.seed, c.seed + self.obedience.items - 1],
-                "arms": arms,
-                "sampler": c.sample.sampler,
-                "guidance": dataclasses.asdict(c.sample.guidance),
+                **({"images": str(self.folder)} if self.folder else how),
             }
-        kept = {"weights": weight_hashes(c, self.trained), "config": config_module.dump(c), "torch": torch.__version__}
-        return {"protocol": PROTOCOL, "figures": dict(self.figures), **drawn, **kept, "versions": versions()}
+        read = weight_hashes(c, self.trained, models=self.folder is None)
+        kept = {"weights": read, "config": config_module.dump(c), "torch": torch.__version__}
+        return {"protocol": PROTOCOL, "figures": dict(self.figures), **found, **kept, "versions": versions()}
 
     def markdown(self) -> str:
         """Tables of the same."""
@@ -101,7 +107,7 @@ class Evaluation:
         for name, found in self.compared.items():
             for metric, scores in found.scores.items():
                 heads.append(f"{name}: {metric} ({_better(METRICS[metric])})")
-                columns.append({row: f"{i.mean:.4g} [{i.low:.4g}, {i.high:.4g}]" for row, i in scores.items()})
+                columns.append({row: _cell(i) for row, i in scores.items()})
         names = dict.fromkeys(row for column in columns for row in column)
         body = [[row.replace("_", " "), *(column.get(row, "") for column in columns)] for row in names]
         parts = ([text] if self.figures else []) + [_table(["", *heads], body), self._note(), *self.marks]
@@ -111,15 +117,21 @@ class Evaluation:
         g, s, first = self.config.sample.guidance, self.config.sample.sampler, self.config.seed
         how = " ".join(f"{value}" if key == "name" else f"{key} {value}" for key, value in s.items())
         assert self.obedience is not None
+        drawn = f"pictures of {self.folder}" if self.folder else f"seeds from {first}, {how}, guidance {g.scale:g}"
         note = (
-            f"{self.obedience.items} items, seeds from {first}, {how}, guidance {g.scale:g}; mean [95 % interval, "
-            "bootstrap over items]; (more) or (less) is better"
+            f"{self.obedience.items} items, {drawn}; mean [95 % interval, bootstrap over items]; (more) or (less) is "
+            "better"
         )
         return note + ("; of sets the interval is by halves of the pictures" if self.compared else "")
 
 
 def _better(more: bool) -> str:
     return "more" if more else "less"
+
+
+def _cell(i: Interval) -> str:
+    """Four digits, whatever the unit; without bounds where there are none."""
+    return f"{i.mean:.4g}" if math.isnan(i.low) else f"{i.mean:.4g} [{i.low:.4g}, {i.high:.4g}]"
 
 
 def _plain(rows: Mapping[str, Interval]) -> dict[str, Any]:
@@ -141,14 +153,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def weight_hashes(config: RunConfig, trained: Sequence[Path]) -> dict[str, str]:
+def weight_hashes(config: RunConfig, trained: Sequence[Path], *, models: bool = True) -> dict[str, str]:
     """File -> sha256 of all weights that an evaluation read.
 
     Args:
         config: names some; of a folder of models every weight file counts.
         trained: the others.
+        models: those that draw too, not only those that judge.
     """
-    named = [build.weights_file(kind, node, slot) for kind, node, slot in _nodes(config)]
+    nodes = [*(_nodes(config) if models else ()), *_weighed(dataclasses.asdict(config.evaluation), "evaluation")]
+    named = [build.weights_file(kind, node, slot) for kind, node, slot in nodes]
     files: dict[Path, None] = {}
     for path in (*trained, *(path for path in named if path is not None)):
         inside = sorted(p for p in path.rglob("*") if p.suffix in WEIGHTS) if path.is_dir() else [path]
@@ -167,7 +181,6 @@ def _nodes(config: RunConfig) -> Iterator[tuple[str, Node, str]]:
             yield "image", encoder, f"adapters.{name}.encoder"
     if config.fuser is not None:
         yield "fuser", config.fuser, "fuser"
-    yield from _weighed(dataclasses.asdict(config.evaluation), "evaluation")
 
 
 def _weighed(node: Any, where: str, key: str = "") -> Iterator[tuple[str, Node, str]]:

@@ -64,7 +64,7 @@ def evaluate(config: RunConfig) -> Evaluation:
         stage.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
         data = build.data(config.validation.data, "validation.data")
         _check_items(measured, len(spread(data, config.validation.items)))
-        out = _folder(Path(config.run.dir) / "eval")
+        out = output(Path(config.run.dir) / "eval")
         truths = real_features(measured, data, config, rank) if measured else {}
         with autocast(config.train.precision, rank.device):
             batches = held_out(data, config.validation.items, config.sample.batch, rank.device)
@@ -142,14 +142,14 @@ def compare(measured: Plan, found: Obedience, truths: Mapping[str, Truth], rank:
     return rank.told(result)
 
 
-def _folder(out: Path) -> Path:
+def output(out: Path) -> Path:
     """The folder, made and tried out. Raises: ConfigError if nothing can be written there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             return out
     except OSError as error:
-        raise ConfigError(f"{out} cannot be written ({error.strerror}); choose another run.dir") from error
+        raise ConfigError(f"{out} cannot be written ({error.strerror}); choose another folder") from error
 
 
 def write(result: Evaluation, columns: dict[str, Tensor], out: Path) -> None:

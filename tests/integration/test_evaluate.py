@@ -163,7 +163,7 @@ def test_evaluating_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     ("override", "message"),
     [
         ("grid={seed: [1, 2]}", "grid has seed, but only sample.py sweeps; drop it for evaluation.arms"),
-        ("run.dir=FILE", "eval cannot be written (Not a directory); choose another run.dir"),
+        ("run.dir=FILE", "eval cannot be written (Not a directory); choose another folder"),
     ],
 )
 def test_what_cannot_be_written_or_swept_is_refused_before_drawing(

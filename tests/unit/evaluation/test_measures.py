@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import adapters.hints  # noqa: F401  registers the extractors
+import ldm.evaluation.maps  # noqa: F401  registers its measures
 from ldm import registry
 from ldm.evaluation.colour import cell_means, lab, projections
 from ldm.evaluation.edges import edge_map
