@@ -13,7 +13,7 @@ import ldm.training.run  # noqa: F401  registers the stages
 from ldm import build, config
 from ldm.data.images import Batch
 from ldm.denoiser import AdapterUse
-from ldm.evaluation.arms import Plan, plan
+from ldm.evaluation.arms import Plan, plan, shared_text
 from ldm.evaluation.intervals import bootstrap
 from ldm.evaluation.measures import EdgeF1, Measure, Palette
 from ldm.evaluation.obedience import obedience
@@ -132,6 +132,45 @@ def test_adapters_with_names_of_rows_are_measured_in_arms_of_other_names() -> No
     got = planned("adapters={all: {name: controlnet, hint: edge}}", EDGE, "evaluation.arms={both: [all, edge]}")
     assert got is not None
     assert scales(got.arms) == {"base": {}, "both": {"all": 1, "edge": 1}}
+
+
+def test_a_copy_of_an_adapters_tower_is_no_judge(tmp_path: Path) -> None:
+    for name, content in (("w", b"tower"), ("copy", b"tower"), ("other", b"judge")):
+        (tmp_path / name).write_bytes(content)
+    own = SIMPLE.replace("weights: w", f"weights: {tmp_path / 'w'}")
+    off = "evaluation.measures.prompt=[]"
+    judge = "{{name: vit, image_size: 32, weights: {}}}"
+    places = {
+        "evaluation.measures.prompt": "{{name: clip_i, encoder: {}}}",
+        "evaluation.pictures": "{{name: dino_i, encoder: {}}}",
+        "evaluation.sets.judge": "{{features: {{name: tower, encoder: {}}}}}",
+    }
+    for place, node in places.items():
+        for name in ("w", "copy"):
+            with pytest.raises(ConfigError, match=rf"^{place}.*encoder is .*{name}, which adapter 'prompt' reads too"):
+                planned(own, off, f"{place}={node.format(judge.format(tmp_path / name))}")
+        assert planned(own, off, f"{place}={node.format(judge.format(tmp_path / 'other'))}") is not None
+
+
+def test_a_text_tower_that_the_model_draws_with_is_marked(tmp_path: Path) -> None:
+    for name in ("own", "other"):
+        (tmp_path / name).write_bytes(name.encode())
+    text = "{width: 8, layers: 1, heads: 1, merges: 0}"
+    for name, marks in (("own", 1), ("other", 0)):
+        clip = f"{{name: clip, text: {text}, weights: {tmp_path / name}}}"
+        args = [f"model.text.weights={tmp_path / 'own'}", f"evaluation.pictures={{name: clip_t, clip: {clip}}}"]
+        cfg = config.load(CONFIGS / "train" / "tiny" / "ldm.yaml", args)
+        with torch.device("meta"):
+            got = plan(cfg, build.denoiser(cfg))
+        assert got is not None and cfg.model.text is not None and cfg.model.text["weights_prefix"] == "text."
+        found = shared_text(got, cfg)
+        assert len(found) == marks
+        assert not marks or found[0].startswith("clip_t judges by the text encoder that the model draws with")
+
+
+def test_segmentation_is_measured_by_its_regions() -> None:
+    got = planned("adapters={s: {name: controlnet, hint: segmentation}}")
+    assert got is not None and list(got.measures["s"]) == ["region_iou"]
 
 
 def test_another_part_of_the_same_file_is_another_model() -> None:
