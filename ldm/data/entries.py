@@ -1,9 +1,11 @@
 """Samples of a list of entries, wherever their files are: decoding, cropping, skipping and counting what is damaged."""
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +15,7 @@ from tqdm import tqdm
 from ldm.data.buckets import Buckets, Shape, Shelves
 from ldm.data.errors import DataError
 from ldm.data.images import ImageData, Sample, choose
-from ldm.data.reading import Source, image_size, read_image
+from ldm.data.reading import Source, check_share, image_size, read_image
 from ldm.data.records import Pairing
 from ldm.data.transforms import CROPS, centred, draw_window, extracted, resize, to_hint, to_image, varied
 from ldm.registry import build, checked, suggest
@@ -133,8 +135,13 @@ class Entry:
     size: tuple[int, int] | None = None
 
 
-class Entries(Protocol):
-    """A list of entries, or what makes each of them when it is asked for."""
+class Packed(Protocol):
+    """Entries of a packed set, each made when it is asked for. Its references are its images."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """All that it is read from."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -154,7 +161,7 @@ class _Decoded:
 class EntryData(ImageData):
     """Samples of entries; pixels are decoded when they are asked for."""
 
-    def __init__(self, options: EntryOptions, entries: Entries, *, check: bool = False) -> None:
+    def __init__(self, options: EntryOptions, entries: list[Entry] | Packed, *, check: bool = False) -> None:
         """Take the entries.
 
         Args:
@@ -252,7 +259,7 @@ class EntryData(ImageData):
             return
         self._damaged.add(error)
         logger.warning("reference left out: %s", error)
-        count = len(self._named)
+        count = len(self._named) if isinstance(self._entries, list) else len(self)  # listing a packed set takes long
         if len(self._damaged) > self.options.max_bad * count:
             raise DataError(
                 f"{len(self._damaged)} of {count} references cannot be read, data.max_bad is {self.options.max_bad:g}; "
@@ -267,6 +274,19 @@ class EntryData(ImageData):
     @cached_property
     def _named(self) -> dict[str, Source]:
         return {str(source): source for sources in self._references.values() for source in sources}
+
+    def files(self) -> Sequence[Path]:
+        """See ImageData.files."""
+        if not isinstance(self._entries, list):
+            return self._entries.files
+        every = (s for e in self._entries for s in (e.image, *e.hints.values(), *e.references) if isinstance(s, Path))
+        return list(dict.fromkeys(every))
+
+    def table(self) -> Iterator[str]:
+        """See ImageData.table: captions and which files belong together; of a packed set its files say that."""
+        for e in self._entries if isinstance(self._entries, list) else ():
+            every = (e.image, *e.hints.values(), *e.references)
+            yield repr((e.key, e.text, [*e.hints], [os.path.relpath(str(s), self.options.root) for s in every]))
 
     def references(self, key: str) -> tuple[str, ...]:
         """See ImageData.references: their paths."""
@@ -367,16 +387,6 @@ def stated_size(columns: Mapping[str, Any]) -> tuple[int, int]:
     if isinstance(width, int) and isinstance(height, int) and 0 < width < 2**31 and 0 < height < 2**31:
         return width, height
     return 0, 0
-
-
-def check_share(bad: dict[Source, str], total: int, most: float) -> None:
-    """Refuse a set that lost too much. Raises: DataError if the bad files, each with why, are over that share."""
-    if len(bad) > most * total:
-        listed = ", ".join(str(source) for source in list(bad)[:5]) + (", ..." if len(bad) > 5 else "")
-        last = next(reversed(bad.values()))
-        raise DataError(
-            f"{len(bad)} of {total} images cannot be read, data.max_bad is {most:g}: {listed}; last: {last}"
-        )
 
 
 def _mismatch(entry: Entry, name: str, hint: tuple[int, int], image: tuple[int, int]) -> str:

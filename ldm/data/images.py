@@ -6,8 +6,9 @@ on black, single-channel maps are repeated to three channels).
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -99,6 +100,14 @@ class ImageData(Dataset[Sample], ABC):
     def groups(self) -> Mapping[str, Sequence[int]]:
         """Indices of the samples of each size; a batch is of one group. One without a name where all are alike."""
         return {"": range(len(self))}
+
+    def files(self) -> Sequence[Path]:
+        """The files that samples are read from; none where they are made."""
+        return ()
+
+    def table(self) -> Iterable[str]:
+        """What decides the samples besides their options and the content of `files`: a line each, without the root."""
+        return ()
 
     def references(self, key: str) -> Sequence[str]:
         """Names of the image prompts of which `load` gives the sample of that key one; none where the set has none."""

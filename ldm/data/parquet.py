@@ -90,14 +90,14 @@ class ParquetRows:
 
     def __init__(self, options: ParquetOptions) -> None:
         self._options = options
-        base, self._files = parts(options.root, ".parquet")
-        self._stems = [path.relative_to(base).as_posix().removesuffix(".parquet") for path in self._files]
+        base, self.files = parts(options.root, ".parquet")
+        self._stems = [path.relative_to(base).as_posix().removesuffix(".parquet") for path in self.files]
         self._files_at, self._groups_at = array("q"), array("q")  # rows at which files and row groups begin
         self._groups: list[tuple[int, int]] = []  # file, number in it
         self._sizes = array("q")  # width and height of each row's picture as far as columns say it, for buckets
         self._kept: OrderedDict[int, Any] = OrderedDict()
         keep, chosen, self._total = Filter(options.where), array("q"), 0
-        for path in self._files:
+        for path in self.files:
             with _opened(path) as file:
                 self._check(path, file)
                 self._add(path, file)
@@ -107,11 +107,11 @@ class ParquetRows:
                     first = self._files_at[-1]
                     chosen.extend(first + i for i, row in enumerate(self._rows(file)) if keep(row))
         if not self._total:
-            raise DataError(f"{options.root} has no rows in {len(self._files)} files; check data.root")
+            raise DataError(f"{options.root} has no rows in {len(self.files)} files; check data.root")
         if options.where:
             keep.check(options.root)
         self._chosen: Sequence[int] = chosen if options.where else range(self._total)
-        logger.info("%s: %d of %d rows in %d files", options.root, len(self), self._total, len(self._files))
+        logger.info("%s: %d of %d rows in %d files", options.root, len(self), self._total, len(self.files))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": OrderedDict()}  # other processes read their own
@@ -146,7 +146,7 @@ class ParquetRows:
             self._kept.move_to_end(number)
             return self._kept[number]
         file, group = self._groups[number]
-        with _opened(self._files[file]) as opened:
+        with _opened(self.files[file]) as opened:
             table = _table(opened, group, [self._options.image, self._options.caption, *self._options.columns.values()])
         self._kept[number] = table
         while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > _KEPT:

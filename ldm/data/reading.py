@@ -42,6 +42,16 @@ class Headed(Source, Protocol):
         ...
 
 
+def check_share(bad: dict[Source, str], total: int, most: float) -> None:
+    """Refuse a set that lost too much. Raises: DataError if the bad files, each with why, are over that share."""
+    if len(bad) > most * total:
+        listed = ", ".join(str(source) for source in list(bad)[:5]) + (", ..." if len(bad) > 5 else "")
+        last = next(reversed(bad.values()))
+        raise DataError(
+            f"{len(bad)} of {total} images cannot be read, data.max_bad is {most:g}: {listed}; last: {last}"
+        )
+
+
 def inside(root: Path, name: object, source: str) -> Path:
     """`root / name` for a relative path that cannot leave root.
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ldm.data.entries import Entry, EntryData, PackedOptions, check_share, stated_size
+from ldm.data.entries import Entry, EntryData, PackedOptions, stated_size
 from ldm.data.errors import DataError
-from ldm.data.reading import SUFFIXES, Source, parts
+from ldm.data.reading import SUFFIXES, Source, check_share, parts
 from ldm.data.records import Filter, split_by_hash
 from ldm.data.tar import Member, walk
 from ldm.registry import register, suggest
@@ -54,8 +54,8 @@ class ShardIndex:
 
     def __init__(self, options: ShardOptions) -> None:
         self._options = options
-        base, self._shards = parts(options.root, ".tar")
-        self._stems = [shard.relative_to(base).as_posix().removesuffix(".tar") for shard in self._shards]
+        base, self.files = parts(options.root, ".tar")
+        self._stems = [shard.relative_to(base).as_posix().removesuffix(".tar") for shard in self.files]
         self._field = options.caption.removeprefix(_FIELD) if options.caption.startswith(_FIELD) else ""
         self._endings = ["json" if self._field else options.caption, *options.columns.values()]
         self._width = _HEAD + 2 * (1 + len(self._endings))
@@ -63,7 +63,7 @@ class ShardIndex:
         self._keys = bytearray()
         self._bad: dict[Source, str] = {}
         keep, seen, count, lacking = Filter(options.where), set[str](), 0, 0
-        for number, shard in enumerate(self._shards):
+        for number, shard in enumerate(self.files):
             for key, members in self._samples(shard).items():
                 seen |= members.keys()
                 count += 1
@@ -80,7 +80,7 @@ class ShardIndex:
         stem = key.removeprefix(f"{self._stems[number]}/")
         endings = [SUFFIXES[picture][1:], *self._endings]
         image, caption, *hints = (
-            Member(self._shards[number], f"{stem}.{ending}", spots[2 * i], spots[2 * i + 1])
+            Member(self.files[number], f"{stem}.{ending}", spots[2 * i], spots[2 * i + 1])
             for i, ending in enumerate(endings)
         )
         return Entry(
@@ -152,7 +152,7 @@ class ShardIndex:
             first = f"; first: {next(iter(self._bad.values()))}" if self._bad else ""
             raise DataError(f"none of the {count} samples in {o.root} has all of {wanted}{first}")
         counts = f"{lacking} lack one of {wanted}; {len(self._bad)} members left out"
-        logger.info("%s: %d of %d samples in %d shards; %s", o.root, len(self), count, len(self._shards), counts)
+        logger.info("%s: %d of %d samples in %d shards; %s", o.root, len(self), count, len(self.files), counts)
 
     def _text(self, member: Member) -> str:
         if not self._field:

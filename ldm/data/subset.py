@@ -1,6 +1,7 @@
 """A fixed, spread-out part of a data set: for held-out figures, and for training on less."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +47,15 @@ class Part(ImageData):
     def load(self, index: int, generator: torch.Generator | None = None) -> Sample:
         """See ImageData."""
         return self.data.load(self.rows[index], generator)
+
+    def files(self) -> Sequence[Path]:
+        """See ImageData: those of the whole set."""
+        return self.data.files()
+
+    def table(self) -> Iterable[str]:
+        """See ImageData: that of the whole set, and how many samples of it these are."""
+        yield str(len(self))
+        yield from self.data.table()
 
     def references(self, key: str) -> Sequence[str]:
         """See ImageData; references are not left out."""

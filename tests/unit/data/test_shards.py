@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 import adapters  # noqa: F401  registers the hint extractors
 import ldm.data  # noqa: F401  registers the readers
 from ldm.data import DataError, collate, reading
+from ldm.data.entries import Entry, EntryData, EntryOptions
 from ldm.data.records import split_by_hash
 from ldm.registry import ConfigError, build
 
@@ -50,6 +51,30 @@ def test_samples_come_in_the_order_of_the_shards(tmp_path: Path) -> None:
     assert abs(float(sample.image[0, 5, 2]) - (9 / 127.5 - 1)) < 0.02
     with pytest.raises(IndexError, match="index is 6; the set has 6 samples"):
         data[6]
+
+
+class Many:
+    """A packed set of 100 whose first sample has a reference that is gone; notes which are asked for."""
+
+    files = ()
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.asked = root, list[int]()
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> Entry:
+        self.asked.append(index)
+        image = self.root / "a.png"
+        return Entry(str(index), image, "", {}, (image if index else self.root / "gone.png",))
+
+
+def test_a_bad_reference_does_not_list_a_packed_set(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture_bytes((9, 0, 0)))
+    entries = Many(tmp_path)
+    assert EntryData(EntryOptions(str(tmp_path), 16, reference="file"), entries)[0].key == "1"
+    assert entries.asked == [0, 1]
 
 
 def test_every_view_is_bit_equal_to_that_of_a_folder_with_the_same_files(tmp_path: Path) -> None:
