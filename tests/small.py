@@ -70,4 +70,4 @@ def figures(run: Path) -> dict[str, float]:
     """All that a run's metrics.jsonl says, by step and name ("3 val_loss"), but for how fast it was."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = {f"{line['step']} {name}": value for line in lines for name, value in line.items()}
-    return {name: value for name, value in found.items() if not name.endswith("images_per_s")}
+    return {name: value for name, value in found.items() if not name.endswith(("images_per_s", "data_wait"))}

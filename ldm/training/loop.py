@@ -62,7 +62,8 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
     bar = tqdm(total=config.train.steps, initial=state.step, desc=folder.name, disable=not rank.main, mininterval=1.0)
     clock = time.perf_counter()
     with closing(metrics) if metrics else nullcontext(), bar as progress, listening() as asked:  # its line comes last
-        for micro_batches in stream.batches(source, config.train, rank, config.seed, state.step):
+        arriving = stream.Timed(stream.batches(source, config.train, rank, config.seed, state.step))
+        for micro_batches in arriving:
             stage.train()
             scalars = _step(wrapped, state, micro_batches, config, rank)
             state.step += 1
@@ -73,6 +74,7 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
                 values = _read_window(state, folder, config, rank) | step_figures(state.optimizers, stage.trained, rank)
                 elapsed, clock = time.perf_counter() - clock, time.perf_counter()
                 values["images_per_s"] = config.train.batch * values.pop("steps") / elapsed
+                values["data_wait"] = arriving.waited() / elapsed
                 if metrics:
                     metrics.scalars(state.step, values)
                     progress.set_postfix({k: f"{values[k]:.4g}" for k in ("loss", "images_per_s") if k in values})

@@ -1,6 +1,7 @@
 """The order of the data: which sample stands at which global position, for any number of ranks and accumulations."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -143,6 +144,28 @@ def batches(data: Any, config: TrainConfig, rank: Rank, seed: int, start: int) -
             if isinstance(batch, Exception):
                 raise batch
         yield [(where, batch.to(rank.device)) for where, batch in read]
+
+
+class Timed:
+    """Batches as they come, and how long the caller waited for them."""
+
+    def __init__(self, batches: Iterator[list[tuple[list[int], Any]]]) -> None:
+        self._batches, self._seconds = batches, 0.0
+
+    def __iter__(self) -> "Timed":
+        return self
+
+    def __next__(self) -> list[tuple[list[int], Any]]:
+        started = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self._seconds += time.perf_counter() - started
+
+    def waited(self) -> float:
+        """Seconds since this was last asked."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 def _next(stream: Iterator[Any], config: TrainConfig) -> Any:

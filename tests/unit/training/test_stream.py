@@ -2,6 +2,7 @@ import os
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from ldm.data.images import ImageData, Sample
 from ldm.data.subset import Part
 from ldm.registry import ConfigError
 from ldm.training.distributed import Rank
-from ldm.training.stream import Order, Positions, Walk, batches, positions, split_batch
+from ldm.training.stream import Order, Positions, Timed, Walk, batches, positions, split_batch
 
 SIZE = 10  # samples, so that a batch of 4 straddles epochs
 
@@ -256,3 +257,20 @@ def test_workers_that_hang_or_die_end_the_run_in_one_line(killed: bool, said: st
     config = TrainConfig(batch=SIZE, steps=1, workers=1, worker_timeout=1.0)
     with pytest.raises(DataError, match=f"^data workers {said}.*train.workers is 1"):
         list(batches(Stuck(killed), config, rank(), 0, 0))
+
+
+def test_time_waited_for_batches_is_counted_anew_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def arriving() -> Iterator[list[tuple[list[int], Any]]]:
+        for seconds in (1.0, 2.0, 4.0):
+            clock[0] += seconds
+            yield []
+
+    monkeypatch.setattr("ldm.training.stream.time.perf_counter", lambda: clock[0])
+    timed, waited = Timed(arriving()), []
+    for i, _ in enumerate(timed):
+        clock[0] += 100.0  # the step
+        if i:
+            waited.append(timed.waited())
+    assert waited == [3.0, 4.0]
