@@ -1,9 +1,12 @@
-"""Inputs of diffusion training computed once: VAE posteriors and text conditions, kept in memory."""
+"""Inputs of diffusion training computed once, kept in memory or on disk: VAE posteriors, text conditions, features.
+
+Both keep the same parts, made by the same calls, so their batches are equal bit for bit.
+"""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,15 +16,18 @@ from tqdm import tqdm
 
 from ldm.control import Control
 from ldm.data.errors import DataError
-from ldm.data.images import ImageData, choose, collate
+from ldm.data.images import ImageData, Sample, choose, collate
 from ldm.models.vae import Posterior
+from ldm.training.cache_folder import PART, Folder, Make, Part, ranges
+from ldm.training.distributed import Rank
 
 log = logging.getLogger(__name__)
 ENCODE_BATCH = 64
+HINT = "hint."  # before the names of hints among the tensors of an image
 EncodeImages = Callable[[Tensor], Posterior]  # images b 3 h w in [-1, 1] -> posterior of the unscaled latent
+EncodeTexts = Callable[[Sequence[str], tuple[int, int]], Control]  # captions, (height, width) in pixels -> condition
 EncodePrompts = Callable[[Tensor], dict[str, Any]]  # references b 3 h w in [-1, 1] -> adapter -> features b 1 ...
 T = TypeVar("T")
-Encode = Callable[[Sequence[str], tuple[int, int]], Control]  # captions and (height, width) in pixels -> condition
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +67,21 @@ def tree_map(change: Callable[..., Tensor], first: T, *rest: T) -> T:
     return pytree.tree_map(lambda x, *xs: change(x, *xs) if isinstance(x, Tensor) else x, first, *rest)
 
 
+@dataclass(frozen=True, slots=True)
+class Encoders:
+    """What encodes a data set; None where nobody reads captions or image prompts. Texts give context and vector."""
+
+    images: EncodeImages
+    texts: EncodeTexts | None
+    prompts: EncodePrompts | None = None
+
+
+class _Rows(Protocol):
+    """Parts by number, in memory or mapped."""
+
+    def __getitem__(self, number: int, /) -> Part: ...
+
+
 class LatentData(Dataset[Any]):
     """An encoded data set. Augmentation is frozen at the unaugmented view; captions and references are encoded once.
 
@@ -68,75 +89,200 @@ class LatentData(Dataset[Any]):
     """
 
     def __init__(
-        self,
-        data: ImageData,
-        encode_images: EncodeImages,
-        encode: Encode,
-        device: torch.device,
-        encode_prompts: EncodePrompts | None = None,
+        self, data: ImageData, encoders: Encoders, rank: Rank, folder: Folder | None = None, workers: int = 0
     ) -> None:
-        self.keys: list[str] = []
-        means: list[Tensor] = []
-        stds: list[Tensor] = []
-        hints: dict[str, list[Tensor]] = {}
-        rows: list[int] = []
-        captions: dict[str, int] = {}
-        bases: list[Control] = []
-        loader = DataLoader(data, batch_size=ENCODE_BATCH, collate_fn=collate)
-        for batch in tqdm(loader, desc="encoding latents", mininterval=1.0):
-            posterior = encode_images(batch.image.to(device))
-            means.append(posterior.mean.float().cpu())
-            stds.append(posterior.std.float().cpu())
-            fresh = [c for c in dict.fromkeys(batch.text) if c not in captions]
-            if fresh:
-                captions |= {c: len(captions) + i for i, c in enumerate(fresh)}
-                size = (batch.image.shape[-2], batch.image.shape[-1])
-                bases.append(tree_map(Tensor.cpu, encode(fresh, size)))
-            rows += [captions[c] for c in batch.text]
-            self.keys += batch.keys
-            for name, hint in batch.hints.items():
-                hints.setdefault(name, []).append(hint.mul(255).round().to(torch.uint8))
-        self.mean, self.std = torch.cat(means), torch.cat(stds)
-        self.base = tree_map(lambda *xs: torch.cat(xs), bases[0], *bases[1:])
-        self.rows = rows
-        self.hints = {name: torch.cat(h) for name, h in hints.items()}
-        self.prompts: dict[str, Any] = {}
-        if encode_prompts is not None:
-            self._encode_references(data, encode_prompts, device)
+        """Encode, or open what is encoded.
 
-    def _encode_references(self, data: ImageData, encode: EncodePrompts, device: torch.device) -> None:
-        wanted = list(dict.fromkeys(name for key in self.keys for name in data.references(key)))
-        rows: dict[str, int] = {}
-        parts: list[dict[str, Any]] = []
-        for start in tqdm(range(0, len(wanted), ENCODE_BATCH), desc="encoding references", mininterval=1.0):
-            if pictures := _read(data, wanted[start : start + ENCODE_BATCH]):
-                rows |= {name: len(rows) + i for i, name in enumerate(pictures)}
-                encoded = encode(torch.stack(list(pictures.values())).to(device))
-                parts.append(tree_map(lambda f: f.half().cpu(), encoded))
-        with torch.autocast("cpu", enabled=False):  # under bf16 it cannot join halves
-            self.prompts = tree_map(lambda *fs: torch.cat(fs), parts[0], *parts[1:])
-        # None is left empty: each sample could be read above, with a reference of its own.
-        self.references = [tuple(rows[name] for name in data.references(key) if name in rows) for key in self.keys]
+        Args:
+            data: the samples.
+            encoders: for it.
+            rank: this process. In memory each has everything; a folder they fill together.
+            folder: where to keep it; None is in memory.
+            workers: processes that read the data.
+
+        Raises: DataError as `data`; ConfigError as `folder`.
+        """
+        self.length = len(data)
+        self.images: _Rows = []
+        self.texts: _Rows = []
+        self.prompts: _Rows = []
+        self.index: Mapping[str, Any] = {}
+        if folder is None or not folder.complete:
+            keep = _in_memory if folder is None else folder.section
+            self.index = _Build(data, encoders, rank, workers).fill(self, keep)
+            if folder is not None:
+                folder.finish({name: torch.tensor(rows, dtype=torch.int64) for name, rows in self.index.items()})
+        if folder is not None:
+            self.images, self.texts, self.prompts = (folder.parts(name) for name in ("images", "texts", "prompts"))
+            self.index = folder.index()
+        self._has = encoders.texts is not None, encoders.prompts is not None
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return self.length
+
+    def key(self, index: int) -> str:
+        """Of a sample."""
+        return self.images[index // PART].words["keys"][index % PART]
 
     def load(self, index: int, generator: torch.Generator | None = None) -> tuple[int, int]:
         """Items are row numbers of the sample and of its reference (-1: none); `collate` gathers them in one go."""
-        if not self.prompts:
+        if not self._has[1]:
             return index, -1
-        some = self.references[index]
-        return index, some[choose(len(some), self.keys[index], generator)]
+        first, end = (int(row) for row in self.index["starts"][index : index + 2])
+        return index, int(self.index["references"][first + choose(end - first, self.key(index), generator)])
 
     def collate(self, items: list[tuple[int, int]]) -> Latents:
         """Rows -> batch."""
-        rows = [r for r, _ in items]
-        i, j = torch.tensor(rows), torch.tensor([r for _, r in items])
-        row = torch.tensor([self.rows[r] for r in rows])
-        base = tree_map(lambda x: x[row], self.base)
-        hints = {name: h[i].float() / 255 for name, h in self.hints.items()}
-        prompts = tree_map(lambda f: f[j].float(), self.prompts)
-        return Latents([self.keys[r] for r in rows], self.mean[i], self.std[i], base, hints, prompts)
+        rows, captioned, prompted = [r for r, _ in items], *self._has
+        image = _gather(self.images, rows)
+        text = _gather(self.texts, [int(self.index["captions"][r]) for r in rows]) if captioned else {}
+        base = Control(context=text.get("context"), vector=text.get("vector"))
+        hints = {name.removeprefix(HINT): x.float() / 255 for name, x in image.items() if name.startswith(HINT)}
+        prompts = _nested(_gather(self.prompts, [r for _, r in items])) if prompted else {}
+        return Latents([self.key(r) for r in rows], image["mean"], image["std"], base, hints, prompts)
+
+
+class _Build:
+    """One encoding of a data set."""
+
+    def __init__(self, data: ImageData, encoders: Encoders, rank: Rank, workers: int) -> None:
+        self.data, self.encoders, self.rank, self.workers = data, encoders, rank, workers
+        self.first = data[0]
+
+    def fill(self, target: LatentData, keep: Callable[[str, int, Make], _Rows]) -> dict[str, list[int]]:
+        """Encode everything, as parts of `target`. Returns: which row of captions and references belongs to what."""
+        target.images = keep("images", len(self.data), self._images)
+        words = [target.images[number].words for number in range(len(ranges(len(self.data))))]
+        captions = [caption for part in words for caption in part["captions"]]
+        index: dict[str, list[int]] = {}
+        if self.encoders.texts is not None:
+            rows = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
+            target.texts = keep("texts", len(rows), lambda parts: self._texts([*rows], parts))
+            index["captions"] = [rows[caption] for caption in captions]
+        if self.encoders.prompts is not None:
+            named = [self.data.references(key) for part in words for key in part["keys"]]
+            wanted = list(dict.fromkeys(name for names in named for name in names))
+            target.prompts = keep("prompts", len(wanted), lambda parts: self._prompts(wanted, parts))
+            read = [word for number in range(len(ranges(len(wanted)))) for word in target.prompts[number].words["read"]]
+            # No sample is left without: each could be read, with a reference of its own.
+            found = {name: row for row, name in enumerate(wanted) if read[row]}
+            own = [[found[name] for name in names if name in found] for names in named]
+            index["references"] = [row for some in own for row in some]
+            index["starts"] = [0]
+            for some in own:
+                index["starts"].append(index["starts"][-1] + len(some))
+        return index
+
+    def _images(self, parts: Sequence[range]) -> Iterator[Part]:
+        """VAE posteriors, float32, and hints, 8 bit."""
+        batches = [list(some) for rows in parts for some in _batches(rows)]
+        loader = DataLoader(_Tried(self.data), batch_sampler=batches, collate_fn=_collate, num_workers=self.workers)
+        stream: Iterator[Any] = iter(self._progress(loader, "encoding latents"))
+        for rows in parts:
+            found: list[dict[str, Tensor]] = []
+            words: dict[str, list[str]] = {"keys": [], "captions": []}
+            for _ in _batches(rows):
+                if isinstance(batch := next(stream), Exception):
+                    raise batch
+                posterior = self.encoders.images(batch.image.to(self.rank.device))
+                hints = {HINT + name: x.mul(255).round().to(torch.uint8) for name, x in batch.hints.items()}
+                found.append({"mean": posterior.mean.float().cpu(), "std": posterior.std.float().cpu()} | hints)
+                words["keys"] += batch.keys
+                words["captions"] += batch.text
+            yield Part(_joined(found), words)
+
+    def _texts(self, captions: Sequence[str], parts: Sequence[range]) -> Iterator[Part]:
+        """Conditions of captions."""
+        assert self.encoders.texts is not None
+        size = (self.first.image.shape[-2], self.first.image.shape[-1])
+        for rows in self._progress(parts, "encoding captions"):
+            every = [self.encoders.texts([captions[i] for i in some], size) for some in _batches(rows)]
+            yield Part(_joined([{name: x.cpu() for name, x in _given(base).items()} for base in every]))
+
+    def _prompts(self, names: Sequence[str], parts: Sequence[range]) -> Iterator[Part]:
+        """Features of references, half precision; black pictures stand for those that cannot be read."""
+        assert self.encoders.prompts is not None and self.first.reference is not None
+        for rows in self._progress(parts, "encoding references"):
+            every: list[dict[str, Tensor]] = []
+            could: list[str] = []
+            for batch in _batches(rows):
+                some = [names[i] for i in batch]
+                read, blank = _read(self.data, some), torch.zeros_like(self.first.reference)
+                could += ["yes" if name in read else "" for name in some]
+                pictures = torch.stack([read.get(name, blank) for name in some])
+                encoded = self.encoders.prompts(pictures.to(self.rank.device))
+                every.append(_flat(tree_map(lambda f: f.half().cpu(), encoded)))
+            yield Part(_joined(every), {"read": could})
+
+    def _progress(self, what: Any, doing: str) -> Any:
+        return tqdm(what, desc=doing, mininterval=1.0, disable=not self.rank.main or not len(what))
+
+
+def _batches(rows: range) -> list[range]:
+    """Rows that are encoded at a time."""
+    return [rows[i : i + ENCODE_BATCH] for i in range(0, len(rows), ENCODE_BATCH)]
+
+
+class _Tried(Dataset[Any]):
+    """Samples, or the error that the user has to see: see `stream.Positions`."""
+
+    def __init__(self, data: ImageData) -> None:
+        self.data = data
+
+    def __getitem__(self, index: int) -> Sample | Exception:
+        try:
+            return self.data[index]
+        except (ValueError, OSError) as error:
+            return error
+
+
+def _collate(samples: list[Any]) -> Any:
+    if errors := [s for s in samples if isinstance(s, Exception)]:
+        return errors[0]
+    try:
+        return collate(samples)
+    except ValueError as error:
+        return error
+
+
+def _in_memory(name: str, count: int, make: Make) -> _Rows:
+    """Parts kept as they are."""
+    del name
+    return list(make(ranges(count)))
+
+
+def _joined(found: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    with torch.autocast("cpu", enabled=False):  # under bf16 it cannot join halves
+        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
+
+def _gather(parts: _Rows, rows: Sequence[int]) -> dict[str, Tensor]:
+    """Tensors of these rows, stacked."""
+    found = [(parts[row // PART].tensors, row % PART) for row in rows]
+    return {name: torch.stack([tensors[name][i] for tensors, i in found]) for name in found[0][0]}
+
+
+def _given(base: Control) -> dict[str, Tensor]:
+    """What a condition of captions says."""
+    both = {"context": base.context, "vector": base.vector}
+    return {name: x for name, x in both.items() if x is not None}
+
+
+def _flat(prompts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Adapter -> a tensor, or a tuple of such, by names with a number."""
+    flat: dict[str, Tensor] = {}
+    for name, x in prompts.items():
+        flat |= {name: x} if isinstance(x, Tensor) else {f"{name}.{i}": part for i, part in enumerate(x)}
+    return flat
+
+
+def _nested(flat: Mapping[str, Tensor]) -> dict[str, Any]:
+    """`_flat` undone, in float32."""
+    nested: dict[str, Any] = {}
+    for name, x in flat.items():
+        stem, numbered, _ = name.partition(".")
+        nested[stem] = (*nested.get(stem, ()), x.float()) if numbered else x.float()
+    return nested
 
 
 def _read(data: ImageData, names: Sequence[str]) -> dict[str, Tensor]:

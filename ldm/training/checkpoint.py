@@ -76,16 +76,16 @@ def save(
         sums = {path.relative_to(temporary).as_posix(): _sum(path) for path in temporary.rglob("*") if path.is_file()}
         (temporary / MARKER).write_text(json.dumps({"step": step, "crc32": sums}))
         for path in (*temporary.rglob("*"), temporary):
-            _flush(path)
+            flush(path)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
-        _flush(target.parent)
+        flush(target.parent)
     except (OSError, RuntimeError) as error:
         if is_lost(error):
             raise
         shutil.rmtree(temporary, ignore_errors=True)
         raise ConfigError(
-            f"checkpoint {target} could not be written ({_reason(error)}); older ones are intact: make room and retry"
+            f"checkpoint {target} could not be written ({reason(error)}); older ones are intact: make room and retry"
         ) from error
     for old in keep.dropped(complete(run)):
         shutil.rmtree(old)
@@ -124,7 +124,7 @@ def _make_room(folder: Path, needed: int) -> None:
     """Make an empty folder. Raises: OSError if it cannot be made, or the disk has less room than the tensors take."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    _check_room(folder, needed)
+    check_room(folder, needed)
 
 
 def _make_room_for_all(folder: Path, needed: int, rank: Rank) -> None:
@@ -139,7 +139,7 @@ def _make_room_for_all(folder: Path, needed: int, rank: Rank) -> None:
         raise told
 
 
-def _check_room(folder: Path, needed: int) -> None:
+def check_room(folder: Path, needed: int) -> None:
     """Raise OSError where a disk has less room than the tensors take."""
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -168,7 +168,7 @@ def damage(folder: Path) -> str:
     return f"{wrong[0]} is not what was written" if wrong else ""
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """Why writing failed; safetensors and torch wrap the system's error in their own."""
     cause: BaseException | None = error
     while cause is not None:
@@ -179,7 +179,8 @@ def _reason(error: BaseException) -> str:
     return str(error).splitlines()[0]
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk. Raises: OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -346,4 +347,4 @@ def share(run: Path, out: Path, *, stem: str | None = None, dtype: str = "fp16",
     try:
         return files.write(out, tensors, read_metadata(source))
     except OSError as error:
-        raise ConfigError(f"{out} could not be written ({_reason(error)}); make room and retry") from error
+        raise ConfigError(f"{out} could not be written ({reason(error)}); make room and retry") from error

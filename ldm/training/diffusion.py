@@ -6,6 +6,7 @@ Rombach et al. 2022 (arXiv:2112.10752), Eq. 2; Zhang et al. 2023 (arXiv:2302.055
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ from ldm.models.vae import VAE, Posterior
 from ldm.registry import ConfigError, register, suggest
 from ldm.samplers import DDIM
 from ldm.schedule import Schedule
-from ldm.training import learning
-from ldm.training.cache import LatentData, Latents, tree_map
+from ldm.training import cache_key, learning
+from ldm.training.cache import Encoders, LatentData, Latents, tree_map
+from ldm.training.cache_folder import Folder
+from ldm.training.distributed import Rank
 from ldm.training.draws import SAMPLINGS, Draws
 from ldm.training.losses import diffusion_loss
 from ldm.training.stage import Drawn, Loss, Report, Stage
@@ -46,6 +49,7 @@ class DiffusionOptions:
         min_snr_gamma: min-SNR weighting (arXiv:2303.09556), e.g. 5; null = none.
         offset_noise: strength of per-channel noise offsets; 0 = none.
         cache: encode all images and captions once before training and keep them in memory (no augmentation then).
+        cache_dir: folder to keep them in instead, for later runs; docs/training-at-scale.md. null = memory.
         preview_steps: DDIM steps of validation pictures.
         preview_guidance: guidance scale of validation pictures.
     """
@@ -58,6 +62,7 @@ class DiffusionOptions:
     min_snr_gamma: float | None = None
     offset_noise: float = 0.0
     cache: bool = False
+    cache_dir: str | None = None
     preview_steps: int = 20
     preview_guidance: float = 4.0
 
@@ -77,6 +82,11 @@ class DiffusionOptions:
         if self.timestep_sampling not in SAMPLINGS:
             word, known = self.timestep_sampling, ", ".join(SAMPLINGS)
             raise ConfigError(f"stage.timestep_sampling is {word!r}; allowed: {known}{suggest(word, SAMPLINGS)}")
+        if self.cache_dir is not None and not (self.cache and self.cache_dir):
+            raise ConfigError(
+                f"stage.cache_dir is {self.cache_dir!r} and stage.cache {self.cache}; a folder needs stage.cache=true, "
+                "null is for memory"
+            )
         if self.preview_steps < 1:
             raise ConfigError(f"stage.preview_steps is {self.preview_steps}; must be at least 1")
         if not self.preview_guidance >= 0:
@@ -162,8 +172,11 @@ class DiffusionStage(Stage):
                     raise ConfigError(f"adapter {name!r}, images of {width}x{height} (w x h): {error}") from error
 
     @torch.no_grad()
-    def cached(self, data: ImageData, device: torch.device) -> Dataset:
-        """Latents and text conditions computed once, if asked for. Raises: ConfigError if the data is augmented."""
+    def cached(self, data: ImageData, rank: Rank, workers: int = 0) -> Dataset:
+        """Latents and text conditions computed once, if asked for.
+
+        Raises: ConfigError if the data is augmented, or `stage.cache_dir` holds something else.
+        """
         view = getattr(data, "options", None)
         pairs = getattr(getattr(view, "pairing", None), "augments", False)
         if self.options.cache and (pairs or getattr(view, "flip", False) or getattr(view, "crop", "") == "random"):
@@ -174,8 +187,25 @@ class DiffusionStage(Stage):
             return data
         if len(getattr(view, "shapes", ())) > 1:
             raise ConfigError("stage.cache is on, but data.buckets asks for several sizes; switch one off")
-        prompted = any(self.denoiser.adapter(name).image_prompt for name in self.uses)
-        return LatentData(data, self._posterior, self.base, device, self._encoded if prompted else None)
+        texts = None if self.text is None else self.base
+        encoders = Encoders(self._posterior, texts, self._encoded if self._prompted() else None)
+        where = self.options.cache_dir
+        folder = Folder(Path(where), lambda: self._cache_key(data, rank.device), rank) if where else None
+        return LatentData(data, encoders, rank, folder, workers)
+
+    def _cache_key(self, data: ImageData, device: torch.device) -> dict[str, str]:
+        networks: dict[str, nn.Module] = {"VAE": self.vae} | ({} if self.text is None else {"text encoder": self.text})
+        features: dict[str, Any] = {}
+        if (prompted := self._prompted()) and (reference := data[0].reference) is not None:
+            features = self._encoded(reference[None].to(device))
+        for name in prompted:
+            kind = type(self.denoiser.adapter(name)).__name__
+            networks[f"image encoder of {name} ({kind})"] = self.denoiser.heard[name]
+        return cache_key.key(data, device, networks, features)
+
+    def _prompted(self) -> list[str]:
+        """Adapters that take image prompts."""
+        return [name for name in self.uses if self.denoiser.adapter(name).image_prompt]
 
     def forward(self, batch: Batch | Latents, draws: Draws, player: str, step: int) -> Loss:
         """Weighted squared error at random timesteps. See Stage.forward."""
@@ -269,8 +299,7 @@ class DiffusionStage(Stage):
 
     def _encoded(self, reference: Tensor) -> dict[str, Any]:
         """Adapter name -> features b 1 ... of image prompts b 3 h w in [-1, 1], for the adapters that take them."""
-        names = [name for name in self.uses if self.denoiser.adapter(name).image_prompt]
-        return self.denoiser.encode({name: _prompts(reference) for name in names})
+        return self.denoiser.encode({name: _prompts(reference) for name in self._prompted()})
 
     def hints(self, batch: Batch | Latents) -> dict[str, Tensor]:
         """Adapter name -> its hint in this batch, as `Adapter.encode` takes it; of `Latents` without image prompts.

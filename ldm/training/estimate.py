@@ -24,6 +24,7 @@ from ldm.data.images import ImageData, Sample, collate
 from ldm.precision import DTYPES, autocast
 from ldm.registry import ConfigError
 from ldm.training import cache, clip, diffusion, loop, optim, stream, vae  # noqa: F401  (stages register on import)
+from ldm.training.cache_folder import PART
 from ldm.training.distributed import Rank, pick_device
 from ldm.training.ema import EMA
 from ldm.training.stage import Stage, choose_trainable, networks, store_frozen
@@ -43,7 +44,7 @@ class Memory:
     gradients: int = 0  # those that are there at that moment
     optimizer: int = 0  # AdamW: two moments of the trained weights
     ema: int = 0  # averaged copy of the trained weights
-    data: int = 0  # batches of the step; encoded data set (stage.cache), if the device is the CPU
+    data: int = 0  # batches of the step; encoded data set (stage.cache) in memory, if the device is the CPU
     activations: int = 0  # everything else: kept for backward, passing through, casts of weights under autocast
 
     @property
@@ -165,6 +166,9 @@ class _Replay:
         self.stage = stage
         self.tracker = tracker
         self.rank = Rank(0, 1, tracker.device)
+        self.on_disk = isinstance(stage, diffusion.DiffusionStage) and bool(stage.options.cache_dir)
+        if isinstance(stage, diffusion.DiffusionStage):  # nothing is read or written
+            stage.options = dataclasses.replace(stage.options, cache_dir=None)
         tracker.assign("weights", _held(stage))
         parameters = {
             player: {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -183,15 +187,17 @@ class _Replay:
         """The stage's input, encoded if it asks for that; bytes of an encoded set of `length`; the peak of encoding."""
         self.tracker.start()
         with autocast(self.config.train.precision, self.rank.device), contextlib.redirect_stderr(io.StringIO()):
-            source = self.stage.cached(data, self.rank.device)  # stderr: its progress bar
+            source = self.stage.cached(data, self.rank)  # stderr: its progress bar
         if source is data:
             return source, 0, Memory()
         encoding = self._peak()
         self.tracker.assign("data", tensors(vars(source)))
-        encoded = self.tracker.alive.get("data", 0) * length // len(data)  # pyright: ignore[reportArgumentType]
-        joining = dataclasses.replace(encoding, activations=encoded)  # its parts and the whole
+        row = self.tracker.alive.get("data", 0) / len(data)  # pyright: ignore[reportArgumentType]
+        part, every = int(row * min(PART, length)), int(row * length)
+        kept = part if self.on_disk else every
+        joining = dataclasses.replace(encoding, activations=part)  # a part's batches and the whole of it
         peak = max(encoding, joining, key=lambda memory: memory.total)
-        return source, encoded, dataclasses.replace(peak, data=encoded)
+        return source, 0 if self.on_disk else every, dataclasses.replace(peak, data=kept)
 
     def step(self, source: Any, micro: int, accumulation: int) -> Memory:
         """Peak of an optimizer step, not the first: the optimizer's moments are there."""

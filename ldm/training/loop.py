@@ -54,7 +54,7 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
     state = _start(config, stage, data, folder, rank)
     wrapped = wrap(stage, rank, partial=stage.partial)
     with autocast(config.train.precision, rank.device):
-        source = stage.cached(data, rank.device)
+        source = stage.cached(data, rank, config.train.workers)
     measures = judges(config, stage.trained) if rank.main and held_out is not None else {}
     if rank.main and state.step < config.train.steps:
         describe_run(config, folder)  # after all that may refuse the config

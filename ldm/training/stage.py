@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from ldm.data.images import Batch, ImageData
 from ldm.denoiser import Denoiser
 from ldm.training import optim
+from ldm.training.distributed import Rank
 from ldm.training.draws import Draws
 
 
@@ -91,9 +92,12 @@ class Stage(nn.Module, ABC):
         """Hook: refuse a batch that lacks what this stage reads, before training starts. Raises: ConfigError."""
         del batch
 
-    def cached(self, data: ImageData, device: torch.device) -> Dataset:
-        """Hook: replace the data by precomputed inputs. Items must be collated by their own `collate`."""
-        del device
+    def cached(self, data: ImageData, rank: Rank, workers: int = 0) -> Dataset:
+        """Hook: replace the data by precomputed inputs. Items must be collated by their own `collate`.
+
+        All ranks call it; `workers` processes of each read the data.
+        """
+        del rank, workers
         return data
 
     @abstractmethod

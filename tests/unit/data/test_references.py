@@ -12,7 +12,8 @@ from ldm.control import Control
 from ldm.data import DataError
 from ldm.models.vae import Posterior
 from ldm.registry import ConfigError, build
-from ldm.training.cache import LatentData
+from ldm.training.cache import Encoders, LatentData
+from ldm.training.distributed import Rank
 
 from .conftest import write_rows
 
@@ -161,16 +162,16 @@ def test_the_cache_pairs_by_sample_and_leaves_damaged_references_out(tmp_path: P
     root = made(tmp_path)
     data = folder(root, where={"split": "train"}, reference={"same": "concept"}, max_bad=0.5)
     damage(root / "flat0.png")  # sample 0: sample 1 takes its place, and lacks its only reference
-    cached = LatentData(
-        data,
+    encoders = Encoders(
         lambda x: Posterior(x[:, :, :1, :1], x[:, :, :1, :1]),
         lambda captions, size: Control(context=torch.zeros(len(captions), 1, 1)),
-        torch.device("cpu"),
         lambda x: {"prompt": x.mean(dim=(1, 2, 3)).view(-1, 1, 1, 1)},
     )
+    cached = LatentData(data, encoders, Rank(0, 1, torch.device("cpu")))
+    keys = [cached.key(i) for i in range(len(cached))]
     grey = {name: data.reference(str(root / name)).mean().item() for name in ("flat1.png", "noto1.png", "twemoji1.png")}
-    assert set(cached.keys) == set(grey)
-    for i, key in enumerate(cached.keys):
+    assert set(keys) == set(grey)
+    for i, key in enumerate(keys):
         drawn = {cached.load(i, torch.Generator().manual_seed(seed)) for seed in range(8)}
         found = cached.collate(list(drawn)).prompts["prompt"].flatten().tolist()
         assert sorted(found) == pytest.approx(sorted(v for name, v in grey.items() if name != key), abs=1e-3)

@@ -132,7 +132,7 @@ def test_leftovers_of_a_crash_are_written_over(tmp_path: Path) -> None:
         ("files.write", full_disk),
         ("torch.save", full_disk),
         ("torch.save", full_disk_by_torch),
-        ("_flush", full_disk),
+        ("flush", full_disk),
     ],
 )
 def test_full_disk_leaves_the_old_checkpoint(

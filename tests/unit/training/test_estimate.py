@@ -1,5 +1,6 @@
 """Estimates against what torch's allocator reports of a real run on the CPU; docs/memory.md."""
 
+import dataclasses
 import functools
 import resource
 from collections.abc import Callable, Mapping
@@ -157,11 +158,16 @@ def test_frozen_unet_keeps_less_than_a_trained_one() -> None:
     assert estimated("controlnet", BATCH)["step"].activations < all_of_it.activations
 
 
-def test_encoded_data_is_held_during_steps_and_twice_while_it_is_joined() -> None:
+def test_encoded_data_is_held_during_steps_unless_it_is_on_disk(tmp_path: Path) -> None:
     few, many = estimated("ldm"), estimated("ldm", "data.length=4000")
     latents = 4000 * 2 * 4 * 8 * 8 * FLOAT  # mean and std
     assert latents < many["step"].data - few["step"].data < 12 * latents  # and text, hints
-    assert many["encoding"].total > 2 * (many["step"].data - few["step"].data)
+    half = estimated("ldm", "data.length=2000")
+    assert many["encoding"].total - half["encoding"].total == many["step"].data - half["step"].data
+    disk = estimated("ldm", "data.length=4000", f"stage.cache_dir={tmp_path / 'cache'}")
+    assert disk["step"] == dataclasses.replace(many["step"], data=disk["step"].data)
+    assert disk["step"].data < few["step"].data  # the batch alone
+    assert disk["encoding"].total < many["encoding"].total and not (tmp_path / "cache").exists()
     assert estimated("ldm", "stage.cache=false")["encoding"].total == 0
 
 
