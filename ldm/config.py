@@ -62,6 +62,7 @@ class TrainConfig:
     weight_decay: float = 0.01  # AdamW; of matrices and kernels only
     clip: float | None = 1.0  # gradient norm; null = off
     precision: str = "bf16"  # fp32 | bf16 | fp16 (autocast)
+    moments: str = "fp32"  # fp32 | bf16: how AdamW's two moments are kept; bf16 is half the memory, rounded at random
     ema: float | None = None  # EMA decay of the exported weights; null = off
     trainable: tuple[str, ...] = ("*",)  # patterns over parameter names, which --dry-run groups (adapters.*, unet.*)
     shard: str = "none"  # none | optimizer | full: what ranks share out (FSDP2), docs/training-at-scale.md
@@ -202,6 +203,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "sample.precision": _PRECISIONS,
     "sample.long_prompts": ("cut", "chunks"),
     "train.decay": ("constant", "cosine", "step"),
+    "train.moments": ("fp32", "bf16"),
     "train.shard": ("none", "optimizer", "full"),
     "log.wandb": ("disabled", "offline", "online"),
     "model.objective": ("eps", "v", "x0"),

@@ -16,9 +16,9 @@ from ldm.transfer import send
 SAMPLINGS = ("uniform", "cubic")  # of timesteps
 
 
-def generator(seed: int, purpose: str, position: int) -> torch.Generator:
-    """A CPU generator for one purpose ("noise", "order", "augment", ...) at one position of one run."""
-    return torch.Generator().manual_seed(_hashed(seed, purpose, position))
+def generator(seed: int, purpose: str, position: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for one purpose ("noise", "order", "augment", ...) at one position of one run."""
+    return torch.Generator(device).manual_seed(_hashed(seed, purpose, position))
 
 
 def _hashed(seed: int, purpose: str, position: int) -> int:
@@ -50,8 +50,7 @@ class Draws:
             step: of the optimizer, 0-based: what is drawn once for all pictures is the same in all its micro-batches.
         """
         torch.manual_seed(_hashed(self.seed, "layers", step))
-        seeds = [_hashed(self.seed, "dropout", p) for p in self.positions]
-        generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+        generators = [generator(self.seed, "dropout", p, self.device) for p in self.positions]
         for layer in network.modules():
             if isinstance(layer, Dropout):
                 layer.generators = generators

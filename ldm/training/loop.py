@@ -25,10 +25,11 @@ from ldm.registry import ConfigError
 from ldm.training import checkpoint, optim, shards, stream
 from ldm.training import state as state_module
 from ldm.training.distributed import Rank, in_shards, whole, wrap
-from ldm.training.draws import Draws
+from ldm.training.draws import Draws, generator
 from ldm.training.ema import EMA
 from ldm.training.learning import step_figures
 from ldm.training.metrics import Metrics, describe_run, refuse_foreign
+from ldm.training.moments import BFloat16AdamW
 from ldm.training.signals import Stopped, listening
 from ldm.training.stage import Stage, choose_trainable, networks, store_frozen
 from ldm.training.state import State
@@ -171,6 +172,8 @@ def _step(
         prefix = "" if player == "model" else f"{player}_"
         for group in optimizer.param_groups:
             group["lr"] = optim.lr_at(state.step, config.train)
+        if isinstance(optimizer, BFloat16AdamW):
+            optimizer.noise = generator(config.seed, f"rounding.{player}", state.step, rank.device)
         for each in state.optimizers.values():
             each.zero_grad(set_to_none=True)
         for i, (positions, batch) in enumerate(micro_batches):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ldm.config import TrainConfig
 from ldm.registry import ConfigError
 from ldm.training.distributed import whole
+from ldm.training.moments import BFloat16AdamW
 
 
 def trainable(module: nn.Module, patterns: Sequence[str]) -> list[nn.Parameter]:
@@ -49,14 +50,15 @@ def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.opti
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused: one kernel per update, step counters on the device.
 
     Two groups: matrices and kernels decay; gains, biases and lone numbers like CLIP's temperature do not (Radford et
-    al. 2021, arXiv:2103.00020, section 2.5).
+    al. 2021, arXiv:2103.00020, section 2.5). `train.moments` of bf16: see BFloat16AdamW.
     """
     every = list(parameters)
     groups = [
         {"params": [p for p in every if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    kind = BFloat16AdamW if config.moments == "bf16" else torch.optim.AdamW
+    return kind(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def lr_at(step: int, config: TrainConfig) -> float:

@@ -1,4 +1,4 @@
-"""What happens to one of two ranks, the other hears: both end in bounded time, in one line each, and nothing is lost."""
+"""What happens to one of two ranks, the other hears: both end soon, in one line each, and nothing is lost."""
 
 import signal
 import time

@@ -101,7 +101,9 @@ def test_a_shard_that_is_deleted_ends_the_run_with_its_name_and_back_again_it_go
     assert steps(tmp_path / "run") == [2]
     (tmp_path / "away.tar").rename(shard)
     start(tmp_path / "run", node)
-    whole, parts = (load_file(checkpoint.complete(tmp_path / run)[-1] / "model.safetensors") for run in ("whole", "run"))
+    whole, parts = (
+        load_file(checkpoint.complete(tmp_path / run)[-1] / "model.safetensors") for run in ("whole", "run")
+    )
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 

@@ -32,6 +32,7 @@ VIT = "{name: vit, image_size: 32, patch: 16, width: 8, layers: 1, heads: 1}"
 PARTIAL = [f"adapters.style={{name: t2i_style, tokens: 3, depth: 1, encoder: {VIT}}}"]  # queries 1 n d: a rank has none
 PARTIAL += ["fuser={name: coadapter, depth: 1, tasks: {sketch: canny}}", 'train.trainable=["adapters.*", "fuser.*"]']
 PARTIAL += ["stage.all_or_none=[0.1, 0.1]", "stage.drop_hint=0.5", "data.reference=true", "checkpoint.every=1"]
+HALVED = ["train.shard=full", "train.moments=bf16", "checkpoint.every=2"]
 KINDS = ("optimizer", "full")
 
 PROLOGUE = """
@@ -98,6 +99,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     planned += [("ldm", two / "ldm joined", ["train.shard=full", "train.steps=12"])]
     ends = [f"train.steps={n}" for n in (2, 3)]
     planned += [("t2i_adapter_sketch", two / "partial", ["train.shard=full", base, *PARTIAL, end]) for end in ends]
+    planned += [
+        ("ldm", two / name, [*HALVED, f"train.steps={n}"]) for name, n in (("parts", 2), ("parts", 4), ("all", 4))
+    ]
     runs = [["--config", str(TINY / f"{what}.yaml"), *overrides(f, *more)] for what, f, more in planned]
     launch_two_ranks(runs, two, PROLOGUE)
     return Runs(one, two)
@@ -133,6 +137,15 @@ def test_validation_reads_whole_averaged_weights_and_training_goes_on_with_its_o
 def test_autocast_accumulation_and_recomputed_blocks_work_in_shards(kind: str, runs: Runs) -> None:
     one, two = runs.one / "mixed", runs.two / f"mixed {kind}"
     assert scalars(two, "loss") == pytest.approx(scalars(one, "loss"), abs=1e-3)
+
+
+def test_moments_of_half_the_size_train_and_resume_in_shards_bit_for_bit(runs: Runs) -> None:
+    whole, parts = weights(runs.two / "all", 4), weights(runs.two / "parts", 4)
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert scalars(runs.two / "all", "loss") == pytest.approx(scalars(runs.one / "ldm", "loss")[:4], abs=1e-3)
+    for file in (runs.two / "all").rglob("step-00000004/shards/*.safetensors"):
+        kept = {tensor.dtype for name, tensor in load_file(file).items() if "exp_avg" in name}
+        assert kept == {torch.bfloat16}
 
 
 def test_weights_without_a_gradient_or_a_row_for_each_rank_train_and_resume_in_shards(runs: Runs) -> None:

@@ -208,6 +208,11 @@ def test_averaged_weights_take_no_memory_when_they_are_off() -> None:
     assert estimated("ldm", "train.ema=null")["step"].ema == 0
 
 
+def test_moments_in_bf16_take_half_the_optimizers_memory() -> None:
+    whole, half = (estimated("ldm", f"train.moments={kept}")["step"].optimizer for kept in ("fp32", "bf16"))
+    assert 0.5 <= half / whole < 0.501  # the rest: step counters
+
+
 def test_sd15_controlnet_counts_are_the_published_ones() -> None:
     stage = estimate.meta_stage(config.load(CONFIGS / "train" / "sd15" / "controlnet_canny.yaml"))
     assert all(p.is_meta for p in stage.parameters())
