@@ -17,11 +17,13 @@ from ldm.convert import slots
 from ldm.data.images import ImageData
 from ldm.denoiser import AdapterUse, Denoiser, check_use
 from ldm.models.clip import ImageTower
-from ldm.models.unet import UNet, UNetDecoder, UNetEncoder
+from ldm.models.unet import MidBlock, UNet, UNetBlock, UNetDecoder, UNetEncoder
 from ldm.registry import ConfigError
 from ldm.schedule import Schedule, ScheduleConfig
 from ldm.training import checkpoint
 from ldm.training.stage import Stage
+
+COMPILER = "inductor"  # torch.compile's backend
 
 
 class _Unfilled(TorchFunctionMode):
@@ -103,6 +105,24 @@ def checkpoint_activations(module: nn.Module) -> None:
         raise ConfigError("train.checkpoint_activations is on, but this stage has no UNet; drop the key")
     for half in halves:
         half.checkpoint_activations()
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Compile every UNet block in the module (ControlNet's copy too), in place; names of parameters stay.
+
+    Each is one graph: a break in it is an error. Blocks have caches of their own, one entry per size of input.
+
+    Raises: ConfigError if there is none, or torch is too old.
+    """
+    blocks = [m for m in module.modules() if isinstance(m, UNetBlock | MidBlock)]
+    if not blocks:
+        raise ConfigError("train.compile is on, but this stage has no UNet; drop the key")
+    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+        raise ConfigError(
+            f"train.compile is on, but torch {torch.__version__} is too old for it; update torch, or drop it"
+        )
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=False, backend=COMPILER, recompile_limit=64, isolate_recompiles=True)
 
 
 def data(node: Node | None, what: str = "data") -> ImageData:

@@ -67,6 +67,7 @@ class TrainConfig:
     trainable: tuple[str, ...] = ("*",)  # patterns over parameter names, which --dry-run groups (adapters.*, unet.*)
     shard: str = "none"  # none | optimizer | full: what ranks share out (FSDP2), docs/training-at-scale.md
     checkpoint_activations: bool = False  # recompute UNet blocks in backward: less memory, more time
+    compile: bool = False  # torch.compile each UNet block: faster steps, minutes of compiling at the first
     workers: int = 0  # data-loading processes per rank
     worker_timeout: float = 600.0  # seconds to wait for a batch of theirs before the run ends; 0 waits for ever
     threads: int | None = None  # torch CPU threads per rank; null = torch's default

@@ -264,7 +264,10 @@ def _validate(
         stage.eval()
         averaged = state.ema.swapped() if state.ema else nullcontext()
         gathered = shards.gathered(stage, config.train.shard) if in_shards(stage) else nullcontext()
-        with averaged, gathered, autocast(config.train.precision, rank.device):
+        plain = (
+            torch.compiler.set_stance("force_eager") if config.train.compile else nullcontext()
+        )  # sizes of all kinds
+        with averaged, gathered, plain, autocast(config.train.precision, rank.device):
             micro, _ = stream.split_batch(config.train, rank.world)  # what fits in memory
             batches = subset.held_out(held_out, config.validation.items, min(32, micro), rank.device)
             report = stage.validate(batches, config.validation.images, config.seed)

@@ -28,6 +28,12 @@ def _deterministic(on: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+def _refuse_shards(config: RunConfig) -> None:
+    """Gathering a block's weights is no part of its graph. Raises: ConfigError if they are in shards."""
+    if config.train.shard != "none":
+        raise ConfigError(f"train.compile is on, and train.shard is {config.train.shard!r}; set one of them off")
+
+
 def train(config: RunConfig) -> Path:
     """Train what the config says, on all ranks of the current process group. Returns the last checkpoint's folder.
 
@@ -42,6 +48,9 @@ def train(config: RunConfig) -> Path:
             held_out = build.data(config.validation.data, "validation.data") if config.validation.data else None
             stage = build.stage(config).to(rank.device)
             stage.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
+            if config.train.compile:
+                _refuse_shards(config)
+                build.compile_blocks(stage)
             for part in (data, held_out):
                 if part is not None and len(part):
                     for group in part.groups().values():
