@@ -1,5 +1,6 @@
 """Train and measure every row of a table on every seed; what is done already is not done again."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -19,6 +20,7 @@ from ldm.training.distributed import Rank
 
 log = logging.getLogger(__name__)
 RUNS: Final = "runs"  # of all tables of a budget: they share trainings
+INPUTS: Final = "inputs"  # and the encoded data sets, where `stage.cache` is on
 
 
 def plan(table: Table, out: Path) -> str:
@@ -88,7 +90,7 @@ def _measured(table: Table, row: Row, seed: int, out: Path, rank: Rank) -> Resul
     if trains(trained):
         where = out / table.budget / RUNS / run_name(row, seed)
         if not rank.told(_trained(where, trained)):
-            run.train(replace(trained, run=RunDir(str(where))))
+            run.train(replace(_sharing(trained, out / table.budget / INPUTS), run=RunDir(str(where))))
     middle = time.perf_counter()
     record = evaluate(replace(drawn, run=RunDir(str(where)))).record()
     seconds = {"train": round(middle - clock, 1), "measure": round(time.perf_counter() - middle, 1)}
@@ -98,6 +100,18 @@ def _measured(table: Table, row: Row, seed: int, out: Path, rank: Rank) -> Resul
     if rank.main:
         _keep(result, record, where, file)
     return result
+
+
+def _sharing(config: RunConfig, inputs: Path) -> RunConfig:
+    """The config with a folder for its encoded data, that of all runs which encode the same."""
+    stage = config.stage or {}
+    if not stage.get("cache") or stage.get("cache_dir"):
+        return config
+    prompted = {name: node for name, node in config.adapters.items() if "encoder" in node}
+    heard = {name: [node.get(key) for key in ("name", "variant", "encoder")] for name, node in prompted.items()}
+    read = [config.data, config.train.items, config.train.precision, config.model.vae, config.model.text, heard]
+    key = hashlib.sha256(json.dumps(read, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return replace(config, stage={**stage, "cache_dir": str(inputs / key)})
 
 
 def _keep(result: Result, record: Mapping[str, Any], where: Path, file: Path) -> None:

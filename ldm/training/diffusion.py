@@ -194,7 +194,8 @@ class DiffusionStage(Stage):
         return LatentData(data, encoders, rank, folder, workers)
 
     def _cache_key(self, data: ImageData, device: torch.device) -> dict[str, str]:
-        networks: dict[str, nn.Module] = {"VAE": self.vae} | ({} if self.text is None else {"text encoder": self.text})
+        networks: dict[str, nn.Module] = {"VAE": self.vae}
+        networks |= {} if self.text is None else {"text encoder": self.text}
         features: dict[str, Any] = {}
         if (prompted := self._prompted()) and (reference := data[0].reference) is not None:
             features = self._encoded(reference[None].to(device))
