@@ -17,12 +17,12 @@ sys.path.insert(0, ROOT)
 from ldm.training import checkpoint
 from scripts import train
 
-real = checkpoint._check_room
+real = checkpoint.check_room
 def full(folder, needed):
     if folder.name == "step-00000004.tmp":
         raise OSError(errno.ENOSPC, "needs 9.9 GB, the disk has 0.1 GB free")
     real(folder, needed)
-checkpoint._check_room = full
+checkpoint.check_room = full
 train.main(sys.argv[1:])
 """
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

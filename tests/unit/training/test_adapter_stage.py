@@ -17,7 +17,7 @@ from ldm.data.images import Batch, ImageData, collate
 from ldm.training import checkpoint, optim, stream
 from ldm.training.cache import LatentData
 from ldm.training.diffusion import DiffusionStage
-from ldm.training.distributed import Rank
+from ldm.training.distributed import ALONE, Rank
 from ldm.training.draws import Draws
 from ldm.training.stage import choose_trainable, networks
 from tests.small import waken
@@ -32,7 +32,6 @@ VIT = {"name": "vit", "image_size": 16, "patch": 8, "width": 16, "layers": 2, "h
 LINES = {"name": "t2i_adapter", "hint": "edge", "hint_channels": 1, "vae_factor": 2}
 LOOK = {"name": "ip_adapter", "encoder": VIT}
 PLUS = {**LOOK, "variant": "plus", "width": 64}
-CPU = Rank(0, 1, torch.device("cpu"))
 NAMES = ("lines", "look")
 
 
@@ -160,7 +159,7 @@ def test_cached_image_prompts_give_the_uncached_loss_and_no_step_runs_the_tower(
     ran: list[int] = []  # images of each call of the tower
     patches = next(m for m in networks(this)["encoder_look"].modules() if isinstance(m, nn.Conv2d))
     patches.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
-    cached = this.cached(data(), CPU)
+    cached = this.cached(data(), ALONE)
     assert isinstance(cached, LatentData) and ran == [4]  # every reference, once
     ran.clear()
     told: list[Tensor] = []

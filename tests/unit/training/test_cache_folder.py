@@ -23,9 +23,8 @@ from ldm.training import cache_folder
 from ldm.training.cache import LatentData, Latents
 from ldm.training.cache_folder import Folder, Parts
 from ldm.training.diffusion import DiffusionOptions, DiffusionStage
-from ldm.training.distributed import Rank
+from ldm.training.distributed import ALONE
 
-ALONE = Rank(0, 1, torch.device("cpu"))
 MODEL: dict[str, Any] = {
     "unet": {"name": "unet", "channels": [8], "blocks": 1, "depth": [0], "num_heads": 1, "groups": 4, "context_dim": 8},
     "vae": {"name": "kl", "channels": [8, 8], "blocks": 1, "groups": 4, "scale_factor": 1.0},

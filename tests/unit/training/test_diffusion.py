@@ -20,12 +20,11 @@ from ldm.registry import ConfigError, build
 from ldm.schedule import Schedule
 from ldm.training.cache import LatentData
 from ldm.training.diffusion import DiffusionOptions, DiffusionStage
-from ldm.training.distributed import Rank
+from ldm.training.distributed import ALONE
 from ldm.training.draws import Draws
 from tests.small import waken
 
 TOWER: dict[str, Any] = {"width": 8, "layers": 2, "heads": 2, "merges": 60, "context_length": 16}
-CPU = Rank(0, 1, torch.device("cpu"))
 SIZE = 32
 
 
@@ -96,7 +95,7 @@ def test_a_dropped_caption_is_the_empty_one_in_context_and_vector() -> None:
 def test_cached_and_uncached_steps_are_equal() -> None:
     this = stage(drop_text=0.3, cache=True)
     data = build("data", {"name": "synthetic", "size": SIZE, "length": 4})
-    cached = this.cached(data, CPU)
+    cached = this.cached(data, ALONE)
     assert isinstance(cached, LatentData)
     rows = [0, 2, 3]
     plain = collate([data[row] for row in rows])
@@ -116,7 +115,7 @@ def test_what_is_augmented_is_not_cached(options: dict[str, Any], tmp_path: Path
     (tmp_path / "a.txt").write_text("a cat")
     data = build("data", {"name": "sidecar", "root": str(tmp_path), "size": SIZE, **options})
     with pytest.raises(ConfigError, match=r"stage.cache is on, but data.flip, data.crop or data.reference asks for"):
-        stage(cache=True).cached(data, CPU)
+        stage(cache=True).cached(data, ALONE)
 
 
 def test_validation_draws_with_both_towers() -> None:
