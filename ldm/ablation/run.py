@@ -108,7 +108,8 @@ def _sharing(config: RunConfig, inputs: Path) -> RunConfig:
     if not stage.get("cache") or stage.get("cache_dir"):
         return config
     prompted = {name: node for name, node in config.adapters.items() if "encoder" in node}
-    heard = {name: [node.get(key) for key in ("name", "variant", "encoder", "levels")] for name, node in prompted.items()}
+    keys = ("name", "variant", "encoder", "levels")
+    heard = {name: [node.get(key) for key in keys] for name, node in prompted.items()}
     read = [config.data, config.train.items, config.train.precision, config.model.vae, config.model.text, heard]
     key = hashlib.sha256(json.dumps(read, sort_keys=True, default=str).encode()).hexdigest()[:8]
     return replace(config, stage={**stage, "cache_dir": str(inputs / key)})
