@@ -71,6 +71,7 @@ def test_the_whole_training_forward_is_one_graph() -> None:
     assert same(step(module), plain)
 
 
+@pytest.mark.slow
 def test_a_break_in_a_block_is_an_error() -> None:
     module = denoiser()
     build.compile_blocks(module)
