@@ -226,13 +226,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def merged(path: str | Path, overrides: Sequence[str], parse: Parse) -> Node:
     """What `load` validates. `parse` makes values of a file's bytes or of an override's text."""
-    result = _read(Path(path), (), parse)
+    return overridden(_read(Path(path), (), parse), overrides, parse)
+
+
+def overridden(node: Node, overrides: Sequence[str], parse: Parse = config_yaml.parse) -> Node:
+    """A mapping below `key=value` arguments. Raises: ConfigError if one is none, or its value is no YAML."""
     for item in overrides:
         key, sign, value = item.partition("=")
         if not sign or not key:
             raise ConfigError(f"argument {item!r} is not key=value; write e.g. train.steps=100")
-        result = _over(result, _nested(key, parse(value, f"argument {item!r}")))
-    return result
+        node = _over(node, _nested(key, parse(value, f"argument {item!r}")))
+    return node
 
 
 def from_mapping(node: Node, source: str = "config") -> RunConfig:

@@ -16,7 +16,7 @@ from ldm.data.errors import DataError
 MAX_PIXELS: Final = 8192 * 8192  # larger files are refused before decoding: a small file can unpack to gigabytes
 SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # of SUFFIXES; Pillow hands others, EPS, to a program
-_DECODE_ERRORS: Final = (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error, zlib.error)
+DECODE_ERRORS: Final = (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error, zlib.error)
 
 
 class Source(Protocol):
@@ -138,7 +138,7 @@ def read_image(path: Source, *, hint: bool = False) -> Image.Image:
             return _to_rgb(turned, path, (0, 0, 0) if hint else (255, 255, 255))
         except DataError:
             raise
-        except _DECODE_ERRORS as error:
+        except DECODE_ERRORS as error:
             raise DataError(f"{path} cannot be decoded ({error}); replace or remove it") from error
 
 

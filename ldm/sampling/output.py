@@ -29,7 +29,7 @@ from ldm.conditioning import TextUse
 from ldm.config import RunConfig
 from ldm.convert import files
 from ldm.data import transforms
-from ldm.data.reading import read_image
+from ldm.data.reading import DECODE_ERRORS, image_size, read_image
 from ldm.prompts import Prompt
 from ldm.registry import ConfigError
 from ldm.sampling.plan import Item, Plan, load_image, load_mask
@@ -54,10 +54,10 @@ class Output:
         """
         self.folder = Path(sweep.config.out.dir)
         self._sweep, first = sweep, sweep.plans[0]
-        digest = cache(file_digest)  # slots may share a file, and many prompts an image
-        self._weights = {slot: {"file": str(p), "sha256": digest(p)} for slot, p in first.weights.items()}
-        content = [[digest(path) for path in prompt.files] for prompt in first.prompts]
-        content += [[digest(path)] for path in sweep.masks]
+        self._file_digest = cache(file_digest)  # slots may share a file, and many prompts an image
+        self._weights = {slot: {"file": str(p), "sha256": self._file_digest(p)} for slot, p in first.weights.items()}
+        content = [[self._file_digest(path) for path in prompt.files] for prompt in first.prompts]
+        content += [[self._file_digest(path)] for path in sweep.masks]
         self._digest = _digest(_decisive(sweep.config), [_record(p) for p in first.prompts], content, self._weights)
 
     def check(self) -> None:
@@ -79,15 +79,16 @@ class Output:
     def begin(self) -> None:
         """Make the folder and write `config.yaml`. Raises: ConfigError if it cannot be written."""
         text = f"{HEADER}{self._digest}\n{configs.dump(self._sweep.config)}"
-        _write(self.folder / "config.yaml", text.encode())
+        write_file(self.folder / "config.yaml", text.encode())
 
     def write(self, job: Plan, items: Sequence[Item], images: Tensor) -> None:
         """Write one batch of PNGs; images: b 3 h w in [0, 1]. Raises: ConfigError if a file cannot be written."""
-        for item, image in zip(items, images, strict=True):
-            info, data = PngImagePlugin.PngInfo(), io.BytesIO()
-            info.add_text(CHUNK, json.dumps(self._parameters(job, item)), zip=True)
-            grid.to_pil(image).save(data, "PNG", pnginfo=info)
-            _write(self.folder / item.file, data.getvalue())
+        for row, (item, image) in enumerate(zip(items, images, strict=True)):
+            write_file(self.folder / item.file, self.png(job, items, row, image))
+
+    def png(self, job: Plan, items: Sequence[Item], row: int, image: Tensor) -> bytes:
+        """The file of picture `row` of a batch, with all that made it in its text chunk; image: 3 h w in [0, 1]."""
+        return encode(image, json.dumps(self._parameters(job, items, row)))
 
     def finish(self, cuts: Mapping[TextUse, Mapping[str, int]]) -> None:
         """Write `samples.jsonl` and `grid.png` from the PNGs of all ranks.
@@ -105,17 +106,21 @@ class Output:
             for job, item in self._sweep.items()
         ]
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        _write(self.folder / "samples.jsonl", lines.encode())
+        write_file(self.folder / "samples.jsonl", lines.encode())
         data = io.BytesIO()
         self._grid().save(data, "PNG")
-        _write(self.folder / "grid.png", data.getvalue())
+        write_file(self.folder / "grid.png", data.getvalue())
 
     def _combination(self, job: Plan, item: Item) -> dict[str, Any]:
         """What tells an image of a sweep from the others; nothing where there is no grid."""
         return {"combination": self._sweep.combination(job, item)} if self._sweep.config.grid else {}
 
-    def _parameters(self, job: Plan, item: Item) -> dict[str, Any]:
-        """All that made one image; its `config`, saved as a file, draws this image again."""
+    def _parameters(self, job: Plan, items: Sequence[Item], row: int) -> dict[str, Any]:
+        """All that made one image; its `config`, saved as a file, draws this image again, but for rounding.
+
+        For the same bits it takes the same batch: shapes of matrices decide the order of additions.
+        """
+        item = items[row]
         s, prompt = job.config.sample, item.prompt
         uses = {name: dataclasses.asdict(job.uses[name]) for name in prompt.hints}
         alone = dataclasses.replace(s, prompts=[_record(prompt)], seeds=str(item.seed), hints={}, image=None, mask=None)
@@ -130,6 +135,9 @@ class Output:
             "source": _source(prompt) | {"strength": job.strength},
             "weights": self._weights,
             "config": _plain(dataclasses.replace(job.config, sample=alone)),
+            "batch": [_record(each.prompt) | {"seed": each.seed} for each in items],
+            "row": row,
+            "files": {str(path): self._file_digest(path) for path in needed(job, [each.prompt for each in items])},
         } | self._combination(job, item)
 
     def _difference(self, file: Path) -> str:
@@ -156,13 +164,52 @@ class Output:
         return grid.compose(columns, max(1, 128 // max(tile.shape[-2:])), self._sweep.rows[:GRID_ROWS])
 
 
+def needed(job: Plan, prompts: Sequence[Prompt]) -> list[Path]:
+    """Every image file that pictures of these prompts are drawn after, once."""
+    masks = [Path(use.mask) for use in job.uses.values() if use.mask]
+    return list(dict.fromkeys([*(path for prompt in prompts for path in prompt.files), *masks]))
+
+
+def encode(image: Tensor, text: str) -> bytes:
+    """A PNG with that text chunk; image: 3 h w in [0, 1]."""
+    info, data = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add_text(CHUNK, text, zip=True)
+    grid.to_pil(image).save(data, "PNG", pnginfo=info)
+    return data.getvalue()
+
+
+def read_png(path: Path) -> tuple[str, Image.Image]:
+    """The text chunk that `encode` wrote, and the pixels; of up to MAX_PIXELS. Raises: ConfigError if it has none."""
+    try:
+        image_size(path)  # refuses what is too large before anything is unpacked
+        with Image.open(path, formats=["PNG"]) as image:
+            if getattr(image, "is_animated", False):
+                raise ValueError("it is animated")
+            text = cast("PngImagePlugin.PngImageFile", image).text[CHUNK]
+            return str(text), image.copy()
+    except (*DECODE_ERRORS, KeyError) as error:
+        why = f" ({error})" if not isinstance(error, KeyError) else ""
+        raise ConfigError(
+            f"{path} is not a PNG with a {CHUNK!r} text chunk{why}; name a picture that sampling wrote"
+        ) from error
+
+
 def read_parameters(path: Path) -> dict[str, Any]:
     """What `Output` wrote into a PNG. Raises: ConfigError if it is no such file."""
+    return parse_parameters(read_png(path)[0], path)
+
+
+def parse_parameters(text: str, path: Path) -> dict[str, Any]:
+    """The text chunk of a file as a mapping. Raises: ConfigError if it is none."""
     try:
-        with Image.open(path) as image:
-            return json.loads(cast("PngImagePlugin.PngImageFile", image).text[CHUNK])
-    except (OSError, AttributeError, KeyError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} is not a PNG with a {CHUNK!r} text chunk; name one that sampling wrote") from error
+        made = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"the {CHUNK!r} text of {path} is not JSON ({error}); name a picture that sampling wrote"
+        ) from error
+    if not isinstance(made, dict):
+        raise ConfigError(f"the {CHUNK!r} text of {path} is no mapping; name a picture that sampling wrote")
+    return made
 
 
 def file_digest(path: Path) -> str:
@@ -216,7 +263,7 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, node
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
     """Write a whole file or leave the old one as it was."""
     temporary = path.with_name(path.name + ".tmp")
     try:

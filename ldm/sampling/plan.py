@@ -322,6 +322,8 @@ def pin_weights(config: RunConfig) -> tuple[RunConfig, dict[str, Path]]:
         weights[slot] = file
         encoder = build.encoder_node(slot.partition(".")[2], node) if kind == "adapter" else None
         inner = {"encoder": pinned(f"{slot}.encoder", encoder, "image")} if encoder else {}
+        if tokens := node.get("unconditional"):  # of SeeCoder: a second file, beside the weights
+            weights[f"{slot}.unconditional"] = Path(str(tokens))
         return {**node, **inner, "weights": str(file)}
 
     kinds = ("unet", "vae", "text")

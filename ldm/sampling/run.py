@@ -22,6 +22,7 @@ from ldm.models.text import Text
 from ldm.models.unet import num_parameters
 from ldm.registry import ConfigError
 from ldm.samplers import Sampler
+from ldm.samplers.base import OnStep
 from ldm.sampling.output import Output
 from ldm.sampling.plan import PRECISIONS, Item, Plan, check_pair, load_hint, load_image, load_mask, load_reference
 from ldm.sampling.sweep import Sweep, expand, naming
@@ -38,15 +39,11 @@ def sample(config: RunConfig) -> Path:
     """
     with distributed.session(config.device) as rank:
         sweep = expand(config)
-        _check_images(sweep)
-        samplers = _samplers(sweep)
+        check_images(sweep)
+        samplers = build_samplers(sweep)
         output = Output(sweep)
         output.check()
-        models = load_models(sweep.plans[0].config, rank.device)
-        _check_models(sweep, models)
-        _rehearse(sweep, models)
-        if sweep.config.sample.prepack:  # after the rehearsal: layouts are for the sizes of the first call
-            _prepack(models)
+        models = ready_models(sweep, rank.device)
         cuts = _report(sweep, models)
         rank.barrier()  # every rank has checked the folder before its first file is written
         if rank.main:
@@ -80,8 +77,8 @@ def dry_run(config: RunConfig) -> str:
             schedule=build.schedule(job.config),
             objective=job.config.model.objective,
         )
-    steps = sorted({len(sampler.timesteps) for sampler in _samplers(sweep)})
-    _check_models(sweep, models)
+    steps = sorted({len(sampler.timesteps) for sampler in build_samplers(sweep)})
+    _check_build(sweep, models)
     h, w = job.size
     parts = {
         "unet": models.denoiser.unet,
@@ -124,15 +121,26 @@ def load_models(config: RunConfig, device: torch.device) -> generate.Models:
     )
 
 
+def ready_models(sweep: Sweep, device: torch.device) -> generate.Models:
+    """`load_models` for these plans, checked and packed. Raises: ConfigError or ValueError on what does not fit."""
+    models = load_models(sweep.plans[0].config, device)
+    check_models(sweep, models)
+    if sweep.config.sample.prepack:  # after the rehearsal: layouts are for the sizes of the first call
+        _prepack(models)
+    return models
+
+
 def _prepack(models: generate.Models) -> None:
     for module in (models.denoiser, models.vae, models.text):
         if module is not None:
             fast.prepack(module)
 
 
-def draw(job: Plan, models: generate.Models, sampler: Sampler, items: Sequence[Item]) -> Tensor:
-    """One batch: b 3 h w in [0, 1]. Raises: ValueError where a hint does not fit its adapter."""
-    return generate.images(models, _request(job, items), sampler)
+def draw(
+    job: Plan, models: generate.Models, sampler: Sampler, items: Sequence[Item], on_step: OnStep | None = None
+) -> Tensor:
+    """One batch: b 3 h w in [0, 1]; `on_step` sees its latents. Raises: ValueError where a hint does not fit."""
+    return generate.images(models, _request(job, items), sampler, on_step=on_step)
 
 
 def _request(job: Plan, items: Sequence[Item]) -> generate.Request:
@@ -161,7 +169,7 @@ def _source(job: Plan, items: Sequence[Item]) -> Source | None:
     return Source(torch.stack(images), job.strength, torch.stack(masks) if masks else None)
 
 
-def _samplers(sweep: Sweep) -> list[Sampler]:
+def build_samplers(sweep: Sweep) -> list[Sampler]:
     """One for each plan. Raises: ConfigError, also where `sample.strength` leaves no step of it."""
     samplers: list[Sampler] = []
     for job in sweep.plans:
@@ -173,8 +181,14 @@ def _samplers(sweep: Sweep) -> list[Sampler]:
     return samplers
 
 
-def _check_models(sweep: Sweep, models: generate.Models) -> None:
-    """Refuse what these models cannot draw. Raises: ConfigError."""
+def check_models(sweep: Sweep, models: generate.Models) -> None:
+    """Refuse what these models cannot draw, or what their adapters do not take. Raises: ConfigError or ValueError."""
+    _check_build(sweep, models)
+    _rehearse(sweep, models)
+
+
+def _check_build(sweep: Sweep, models: generate.Models) -> None:
+    """What shows before there are weights. Raises: ConfigError."""
     size, masked, unet = sweep.plans[0].size, sweep.plans[0].prompts[0].mask is not None, models.denoiser.unet
     for_inpainting(unet, models.vae, masked=masked)
     multiple = generate.multiple_of(models)
@@ -239,7 +253,7 @@ def _rehearse(sweep: Sweep, models: generate.Models) -> None:
             generate.rehearse(models, _request(job, job.batches()[0][:1]))
 
 
-def _check_images(sweep: Sweep) -> None:
+def check_images(sweep: Sweep) -> None:
     """Decode every image file once, so that a bad one stops the run at once. Raises: DataError, ConfigError."""
     for load in (load_hint, load_reference, load_image, load_mask):
         load.cache_clear()  # files may have changed since an earlier run of this process
