@@ -281,4 +281,5 @@ def _validate(
             file = Path(config.run.dir) / "images" / f"step-{state.step:08d}.png"
             grid.save(report.columns, file)
             metrics.picture(state.step, file)
+        metrics.curves()
     rank.barrier()

@@ -1,6 +1,7 @@
-"""Run folder records: metrics.jsonl, pictures, wandb when switched on."""
+"""Run folder records: metrics.jsonl, its curves, pictures, wandb when switched on."""
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -15,8 +16,11 @@ import torch
 from ldm import config as config_module
 from ldm.config import LogConfig, RunConfig
 from ldm.registry import ConfigError
+from ldm.training import curves
 
 STARTS = "starts.jsonl"
+
+log = logging.getLogger(__name__)
 
 
 def git_revision() -> str:
@@ -67,6 +71,7 @@ class Metrics:
         """
         self.file = run / "metrics.jsonl"
         self.wandb: Any = None
+        self._drawn = True  # whether the curves have every line
         if log.wandb not in ("disabled", "offline", "online"):
             raise ConfigError(f"log.wandb is {log.wandb!r}; allowed: disabled, offline, online")
         _forget_after(self.file, step)
@@ -76,8 +81,15 @@ class Metrics:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line: {"step": ..., **values}."""
         _append(self.file, {"step": step, **values})
+        self._drawn = False
         if self.wandb is not None:
             self.wandb.log(values, step=step)
+
+    def curves(self) -> None:
+        """Draw what the file has so far, if there is anything new and something to draw with."""
+        if not self._drawn and curves.available():
+            curves.draw_curves(self.file.parent)
+            self._drawn = True
 
     def picture(self, step: int, file: Path) -> None:
         """Show a validation picture in wandb, where it is on; the file itself stays in the run folder."""
@@ -87,7 +99,10 @@ class Metrics:
             self.wandb.log({"validation": wandb.Image(str(file))}, step=step)
 
     def close(self) -> None:
-        """Finish the wandb run, if any."""
+        """Draw the curves, and finish the wandb run, if any."""
+        self.curves()
+        if not curves.available():
+            log.info("no %s in the run folder: matplotlib is not installed (extra plots)", curves.FILE)
         if self.wandb is not None:
             self.wandb.finish()
 

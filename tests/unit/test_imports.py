@@ -12,7 +12,7 @@ SOURCES = sorted(path for top in ("ldm", "adapters", "scripts") for path in (ROO
 FIRST_PARTY = {"ldm", "adapters", "scripts", "tests"}
 MAY_IMPORT = {"ldm": {"ldm"}, "adapters": {"ldm", "adapters"}, "scripts": {"ldm", "adapters", "scripts"}}
 TEST_ONLY = {"diffusers", "transformers", "pytest", "hypothesis"}
-ON_DEMAND = {"wandb", "resvg_py"}  # imported inside the function that needs them, once switched on
+ON_DEMAND = {"wandb", "resvg_py", "matplotlib"}  # imported inside the function that needs them, once switched on
 HEAVY = {"wandb", "open_clip", "timm", "diffusers", "transformers"}
 
 # Lower layers never import higher ones. Modules of ldm that are not named here may be imported from anywhere in it.
