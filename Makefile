@@ -7,6 +7,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+PAGE := $(VENV)/.installed-page
 ARGS ?=
 
 # `make smoke` trains these in order: each reads the run folders of those before it.
@@ -15,7 +16,7 @@ TINY := configs/train/tiny
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-all test-faults fmt lint types smoke check clean
+.PHONY: help setup demo page test test-all test-faults test-browser fmt lint types smoke check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r name text; do \
@@ -48,6 +49,14 @@ demo: setup ## draw with the models that ship, train a small ControlNet, measure
 	@echo 'pictures: outputs/demo/emoji/grid.png outputs/demo/tiny/grid.png runs/tiny/controlnet/eval/grid.png'
 	@echo 'next: README.md, "Data on emoji: the whole road"; or another prompt: python scripts/sample.py sample.prompts="a flat emoji of a red heart"'
 
+$(PAGE): $(STAMP)
+	@echo 'installing the web page into $(VENV)'
+	@$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[demo,browser]'
+	@touch $@
+
+page: $(PAGE) ## the web page, on this machine only (ARGS=... are passed to scripts/demo.py)
+	$(PY) scripts/demo.py $(ARGS)
+
 test: setup ## fast tests on the CPU, without network, two at a time (ARGS=... is passed to pytest)
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
@@ -56,6 +65,9 @@ test-all: setup ## the slow tests too, and the GPU ones where there is a GPU
 
 test-faults: setup ## kill trainings 50 times at random moments and compare what comes out (minutes; FAULT_KILLS=N)
 	$(PY) -m pytest -m slow tests/faults $(ARGS)
+
+test-browser: $(PAGE) ## the web page in a real browser: wants Debian's packages chromium and chromium-driver
+	$(PY) -m pytest -m browser tests/browser $(ARGS)
 
 fmt: setup ## format and apply the safe lint fixes
 	$(PY) -m ruff check --fix .

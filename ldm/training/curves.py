@@ -10,6 +10,7 @@ from typing import Any, Final
 
 FILE: Final = "curves.png"
 COLUMNS: Final = 3
+LEAST: Final = 3  # points of a line; fewer are no curve, and metrics.jsonl says as much
 RANGE: Final = 50  # positive figures that spread over more than this factor get a logarithmic axis
 PART: Final = re.compile(r"(?<=_t)\d+$|\.base$")  # what tells the lines of one panel apart
 
@@ -47,7 +48,7 @@ def draw_curves(run: Path) -> Path | None:
 
 
 def read_panels(file: Path) -> dict[str, Lines]:
-    """Title -> its lines, of what the file has so far; figures that were never finite are left out."""
+    """Title -> its lines, of what the file has so far; figures with fewer than LEAST finite values are left out."""
     panels: dict[str, Lines] = {}
     if not file.is_file():
         return panels
@@ -57,7 +58,10 @@ def read_panels(file: Path) -> dict[str, Lines]:
             if name != "step" and math.isfinite(value):
                 title = PART.sub("", name.removeprefix("val_"))
                 panels.setdefault(title, {}).setdefault(name, []).append((int(record["step"]), value))
-    return panels
+    long = {
+        title: {n: points for n, points in lines.items() if len(points) >= LEAST} for title, lines in panels.items()
+    }
+    return {title: lines for title, lines in long.items() if lines}
 
 
 def _draw(axes: Any, title: str, lines: Lines) -> None:

@@ -37,8 +37,16 @@ def test_a_figure_shares_its_panel_with_its_twins(tmp_path: Path) -> None:
     assert panels["loss"]["val_loss"] == [(10, 0.4), (20, 0.4), (30, 0.4)]
 
 
+def test_two_points_are_no_curve(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, LogConfig())
+    for step in (1, 2):
+        metrics.scalars(step, FIGURES)
+    assert curves.read_panels(tmp_path / "metrics.jsonl") == {}
+    metrics.close()
+    assert not (tmp_path / curves.FILE).exists()
+
+
 def test_closing_draws_the_curves(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="extra plots is not installed")
     fill(tmp_path).close()
     picture = Image.open(tmp_path / curves.FILE)
     assert picture.width > picture.height > 300  # three panels beside each other, in two rows
@@ -47,7 +55,6 @@ def test_closing_draws_the_curves(tmp_path: Path) -> None:
 
 
 def test_nothing_new_is_not_drawn_again(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="extra plots is not installed")
     metrics = fill(tmp_path)
     metrics.curves()
     (tmp_path / curves.FILE).unlink()
