@@ -16,7 +16,7 @@ TINY := configs/train/tiny
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo page test test-all test-faults test-browser fmt lint types smoke check clean
+.PHONY: help setup demo page test test-all test-faults test-browser fmt docs lint types smoke check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r name text; do \
@@ -72,6 +72,9 @@ test-browser: $(PAGE) ## the web page in a real browser: wants Debian's packages
 fmt: setup ## format and apply the safe lint fixes
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+docs: setup ## write docs/config.md, the reference of every config key, anew from the code
+	$(PY) scripts/document.py
 
 lint: setup ## ruff, without changing anything
 	$(PY) -m ruff check .

@@ -164,7 +164,13 @@ class ControlNet(Adapter[Prepared]):
 
 @dataclass(frozen=True)
 class ControlNetLiteOptions:
-    """Shape of a ControlNet-lite; see ControlNetOptions."""
+    """Shape of a ControlNet-lite.
+
+    Attributes:
+        hint_channels: channels of the hint image.
+        hint_widths: channels of the hint encoder, see ControlNetOptions.
+        zero_conv: "zero", or "gaussian" for the paper's ablation.
+    """
 
     hint_channels: int = 3
     hint_widths: tuple[int, ...] = (16, 32, 96, 256)

@@ -125,7 +125,7 @@ class GuidanceNode:
     scale: float = 7.5  # 1 = off
     rescale: float = 0.0  # phi in [0, 1], arXiv:2305.08891 section 3.4
     start: float = 0.0  # guided interval, fractions of sampling
-    end: float = 1.0
+    end: float = 1.0  # see start; 1 includes the last step
     image: float | None = None  # of image prompts, apart from that of the text (scale); null = together
 
 
@@ -143,7 +143,7 @@ class SampleConfig:
     height: int = 64  # pixels
     width: int = 64  # pixels
     batch: int = 8  # images per forward
-    sampler: Node = dataclasses.field(default_factory=lambda: {"name": "ddim", "steps": 50})
+    sampler: Node = dataclasses.field(default_factory=lambda: {"name": "ddim", "steps": 50})  # kind "sampler"
     guidance: GuidanceNode = dataclasses.field(default_factory=GuidanceNode)
     precision: str = "bf16"  # fp32 | bf16 | fp16: dtype of the models' weights while sampling
     prepack: bool = True  # on a CPU, lay the weights out for oneDNN (ldm.fast): the same but for rounding, sooner
@@ -158,16 +158,16 @@ class SampleConfig:
 class OutConfig:
     """Where sampling writes."""
 
-    dir: str = "outputs/sample"
+    dir: str = "outputs/sample"  # folder of pictures, grid and records; nothing in it is overwritten
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything one run needs; the YAML file mirrors it."""
 
-    seed: int = 0
+    seed: int = 0  # of training and evaluation; pictures have sample.seeds
     deterministic: bool = False  # train with algorithms that give the same bits each time, where that is slower
-    device: str = "auto"  # auto | cpu | cuda
+    device: str = "auto"  # auto | cpu | cuda; auto is cuda where there is a GPU
     run: RunDir = dataclasses.field(default_factory=RunDir)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     adapters: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # name -> adapter and AdapterUse keys

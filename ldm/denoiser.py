@@ -26,7 +26,7 @@ class AdapterUse:
     image: str | None = None  # what it hears in sampling: picture file, for an image prompt also a folder of references
     scale: float = 1.0  # weight of everything the adapter adds
     start: float = 0.0  # active part of sampling, fractions of its steps
-    end: float = 1.0
+    end: float = 1.0  # see start
     guess: bool = False  # only the conditional branch gets the control, weakened towards the input (ControlNet)
     skip_scales: tuple[float, ...] | None = None  # one weight per skip in encoder order, then the middle
     blocks: Mapping[str, float] | None = None  # place (down, down.1, up.0.1, mid) -> weight, see weigh_blocks

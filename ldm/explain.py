@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from omegaconf import OmegaConf
 
 from ldm import config
 from ldm.config import Node
-from ldm.config_yaml import Loader
+from ldm.config_yaml import Loader, inline
 
 WIDTH = 72  # longer `key = value` push their origin to the right
 
@@ -37,7 +36,7 @@ def explain(path: str | Path, overrides: Sequence[str] = ()) -> str:
     """
     values = OmegaConf.to_container(OmegaConf.structured(config.load(path, overrides)))
     origins = config.merged(path, overrides, _marked)
-    rows = [(f"{key} = {_text(value)}", origin) for key, value, origin in _walk(cast("Node", values), origins, "")]
+    rows = [(f"{key} = {inline(value)}", origin) for key, value, origin in _walk(cast("Node", values), origins, "")]
     return "\n".join(f"{left:<{WIDTH}}  {origin}" for left, origin in rows)
 
 
@@ -96,9 +95,3 @@ def _tree(loader: Loader, node: yaml.Node, key: yaml.Node, file: str) -> Any:
 def _shown(path: Path) -> str:
     """Relative to the current folder where it is in it."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def _text(value: Any) -> str:
-    """In one line of YAML."""
-    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True)
-    return " ".join(text.removesuffix("...\n").split())

@@ -62,6 +62,12 @@ def keys(kind: str, name: object) -> list[str]:
     return [] if entry is None or entry.options is None else list(inspect.signature(entry.options).parameters)
 
 
+def accepts(kind: str, name: str) -> Callable[..., Any]:
+    """What the YAML keys of a registered name are parameters of: its options dataclass, or else its factory."""
+    entry = _KNOWN[kind, name]
+    return entry.options or entry.factory
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest known word, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
@@ -145,22 +151,26 @@ def _params(
     for key, value in params.items():
         hint = hints.get(key, Any)
         if not fits(value, hint):
-            raise ConfigError(f"{where}: {key} is {value!r}, must be {_in_yaml(hint)}")
+            raise ConfigError(f"{where}: {key} is {value!r}, must be {in_yaml(hint)}")
     return params
 
 
-def _in_yaml(hint: Any) -> str:
+def in_yaml(hint: Any) -> str:
     """An annotation in the words of YAML."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return " | ".join(map(_in_yaml, arguments))
+        return " | ".join(map(in_yaml, arguments))
     if origin is tuple:
         several = arguments[1:] == (...,)
-        return f"a list of {_in_yaml(arguments[0])}" if several else f"[{', '.join(map(_in_yaml, arguments))}]"
+        return f"a list of {in_yaml(arguments[0])}" if several else f"[{', '.join(map(in_yaml, arguments))}]"
     if inspect.isclass(origin) and issubclass(origin, Mapping):
-        return "a mapping" if arguments[1] is Any else f"a mapping of names to {_in_yaml(arguments[1])}"
+        return "a mapping" if arguments[1] is Any else f"a mapping of names to {in_yaml(arguments[1])}"
+    if inspect.isclass(origin) and issubclass(origin, Sequence):
+        return f"a list of {in_yaml(arguments[0])}"
     if hint is type(None):
         return "null"
+    if hint is Any:
+        return "any"
     return hint.__name__ if inspect.isclass(hint) else str(hint)
 
 

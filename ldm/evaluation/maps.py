@@ -97,7 +97,12 @@ class _Predicted(Measure):
     """Compares the hint with what a network finds in the picture."""
 
     def __init__(self, predictor: str | None, side: int) -> None:
-        """Args: predictor: see above. side: of the pictures that it was exported for."""
+        """Take the network that judges.
+
+        Args:
+            predictor: its file, made by torch.export.save; null where the pictures are maps themselves.
+            side: of the pictures that it was exported for, in pixels.
+        """
         self.side, self._program = side, None
         if predictor is None:
             return
@@ -133,7 +138,7 @@ class MeanIou(_Predicted):
     """
 
     def __init__(self, palette: Palette, predictor: str | None = None, side: int = 512) -> None:
-        """Args: palette: colours of the classes, [r, g, b] from 0 to 255, at least two. predictor, side: see above."""
+        """Args: palette: colours of the classes, [r, g, b] from 0 to 255, at least two. Others: see the base class."""
         super().__init__(predictor, side)
         self._colours = _palette("miou", palette, 2)
 
@@ -167,7 +172,7 @@ class DepthRmse(_Predicted):
     more_is_better = False
 
     def __init__(self, predictor: str | None = None, side: int = 384, align: bool = True) -> None:
-        """Args: predictor, side: see above. align: fit scale and shift first."""
+        """Args: align: fit scale and shift first. Others: see the base class."""
         super().__init__(predictor, side)
         self.align = align
 
@@ -199,7 +204,12 @@ class Pck(_Predicted):
     NEAR = 0.25  # distance in RGB within which a pixel has a key point's colour
 
     def __init__(self, palette: Palette, predictor: str | None = None, side: int = 256, alpha: float = 0.1) -> None:
-        """Args: palette: a colour [r, g, b] per key point, none black. predictor, side: see above. alpha: share."""
+        """Take the colours.
+
+        Args:
+            palette: a colour [r, g, b] per key point, none black.
+            alpha: share of the picture's longer side within which a point counts as found.
+        """
         super().__init__(predictor, side)
         if not 0 < alpha < 1:
             raise ConfigError(f"pck.alpha is {alpha}, must be in (0, 1)")

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 class UNetConfig:
     """Shape of a UNet. Per-level tuples go from full to lowest resolution."""
 
-    in_channels: int = 4
-    out_channels: int = 4
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    in_channels: int = 4  # of x_t; 9 for inpainting: mask and masked picture go beside it
+    out_channels: int = 4  # of the prediction
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # width of each level
     blocks: int | tuple[int, ...] = 2  # residual blocks per level in the encoder; the decoder has one more
     depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks behind each residual block; 0 = no attention
-    mid_depth: int = 1
-    context_dim: int = 768
-    num_heads: int | None = 8  # heads everywhere, or
-    head_dim: int | None = None  # width of one head everywhere
+    mid_depth: int = 1  # transformer blocks of the middle
+    context_dim: int = 768  # width of the tokens that cross-attention reads (SD2: 1024, SDXL: 2048)
+    num_heads: int | None = 8  # heads everywhere; null where head_dim is set
+    head_dim: int | None = None  # width of one head everywhere; null where num_heads is set
     linear_proj: bool = False  # Linear instead of 1x1 conv around transformers (SD2, SDXL)
     vector_dim: int | None = None  # width of Control.vector (SDXL: 2816)
-    groups: int = 32
+    groups: int = 32  # of GroupNorm; divides every width
 
     def __post_init__(self) -> None:
         self._check_counts()

@@ -101,7 +101,18 @@ class SigmaSampler(Sampler):
         sigmas: str = "schedule",
         final: str = "one",
     ) -> None:
-        """Build for a schedule. Arguments and errors: see `sigma_times`."""
+        """Build for a schedule.
+
+        Args:
+            schedule: of the model that will be sampled.
+            steps: 1..T.
+            spacing: leading, trailing or linspace, see `ldm.schedule.timesteps`.
+            offset: at least 0, used by leading only.
+            sigmas: schedule, or karras | exponential: levels spaced in sigma, whatever `spacing`.
+            final: first or one, see `Sampler`.
+
+        Raises: ConfigError as `sigma_times`.
+        """
         if self.finite:
             refuse_infinite(schedule, f"sampler.name is {type(self).__name__.lower()!r}")
         times = sigma_times(
