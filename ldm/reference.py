@@ -63,11 +63,11 @@ Written by `make docs` from the code; a test compares. Keys are dotted: `train.l
 `train.lr=1e-4` on the command line. What a file may hold besides: `include:` ([README](../README.md), "Configs") and
 references to other keys, `${run.dir}`.
 
-A node is a mapping with `name:`, one of those below; its other keys are that class's own, and a default of "required" has to be
-given. NAME is a name of yours: an adapter's, a hint's, a set's. Nodes of models, image encoders and the fuser take two keys more:
-`weights` (a file or run folder; of an adapter it is in the table "every adapter") and `weights_prefix` (the part of one of
-our files, e.g. `text.`). `scripts/train.py --print-config` shows a config with all its defaults, `--explain` where each value is
-set.
+A node is a mapping with `name:`, one of those below; its other keys are that class's own, and a key whose default is
+"required" has to be given. NAME is a name of yours: an adapter's, a hint's, a set's. Nodes of models, image encoders
+and the fuser take two keys more: `weights` (a file or run folder; that of an adapter is in the table "every adapter")
+and `weights_prefix` (the part of one of our files, e.g. `text.`). `scripts/train.py --print-config` shows a config
+with all its defaults, `--explain` where each value is set.
 """
 
 
@@ -147,7 +147,7 @@ def _table(keys: Sequence[Key]) -> list[str]:
 def _groups(group: type, prefix: str) -> Iterator[Section]:
     """The keys of a group of the run config, then those of the groups in it."""
     hints = get_type_hints(group)
-    inner = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    inner = {name: hint for name, hint in hints.items() if isinstance(hint, type) and dataclasses.is_dataclass(hint)}
     keys = tuple(key for key in _keys(group) if key.name not in inner)
     yield Section(prefix or "at the top", _summary(group), (prefix,), keys)
     for name, hint in inner.items():
@@ -212,7 +212,7 @@ def _meanings(target: Target) -> dict[str, str]:
         init = vars(owner).get("__init__")
         for doc in (owner.__doc__, getattr(init, "__doc__", None)):
             found |= _listed(inspect.cleandoc(doc or ""))
-        if dataclasses.is_dataclass(owner):
+        if isinstance(owner, type) and dataclasses.is_dataclass(owner):
             found |= _comments(Path(inspect.getfile(owner))).get(owner.__name__, {})
     return found
 

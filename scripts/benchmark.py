@@ -24,7 +24,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", help="names (default: all, see --list)")
     parser.add_argument("--list", action="store_true", help="print the names")
-    parser.add_argument("--scale", default="full", choices=["full", "tiny"])
+    parser.add_argument(
+        "--scale", default="full", choices=["full", "tiny"], help="size of the networks (default: full)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--pairs", type=int, default=3, help="timed calls of each side; 0 only counts")

@@ -19,14 +19,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm import config
 
 LIST = Path(__file__).resolve().parents[1] / "checkpoints" / "weights.yaml"
-PATH, OUT, STEM = {"type": Path}, {"type": Path, "required": True}, {"help": "file of the checkpoint"}
-ONLY = {"default": "", "help": "tensors whose names begin so, e.g. image."}
-DTYPE = {"default": "fp16", "choices": ["fp32", "bf16", "fp16"]}
+PATH, OUT = {"type": Path, "help": "file or folder"}, {"type": Path, "required": True, "help": "what to write"}
+STEM, ONLY = {"help": "which file of the checkpoint"}, {"default": "", "help": "names that begin so, e.g. image."}
+DTYPE, NAME = (
+    {"default": "fp16", "choices": ["fp32", "bf16", "fp16"], "help": "of numbers"},
+    {"help": "in weights.yaml"},
+)
 ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
     "inspect": {"path": PATH},
-    "import": {"path": PATH, "--out": OUT, "--ema": {"action": "store_true"}},
-    "export": {"paths": PATH | {"nargs": "+"}, "--layout": {"required": True}, "--out": OUT},
-    "fetch": {"name": {}, "--out": PATH | {"default": LIST.parent}, "--sha256": {"help": "where the list has none"}},
+    "import": {"path": PATH, "--out": OUT, "--ema": {"action": "store_true", "help": "its averaged UNet"}},
+    "export": {"paths": PATH | {"nargs": "+"}, "--layout": {"required": True, "help": "see above"}, "--out": OUT},
+    "fetch": {"name": NAME, "--out": PATH | {"default": LIST.parent}, "--sha256": {"help": "if the list has none"}},
     "share": {"run": PATH, "out": PATH, "--stem": STEM, "--dtype": DTYPE, "--only": ONLY},
 }
 

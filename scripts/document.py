@@ -9,16 +9,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import config
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with command-line arguments. Exits with code 2 and one line on bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", metavar="FILE", type=Path, default=ROOT / "docs" / "config.md", help="file to write")
+    parser.add_argument("--out", metavar="FILE", type=Path, default=DOCS / "config.md", help="file to write")
     args = parser.parse_args(argv)
     with config.user_errors():
         import adapters  # noqa: F401  registers them; slow to import, not needed for --help

@@ -1,4 +1,9 @@
-"""Make, check and look at data sets: `emoji --out DIR`, `check DIR or CONFIG`, `preview CONFIG`."""
+"""Make, check and look at data sets.
+
+python scripts/prepare_data.py emoji --out data/emoji                      fetch, rasterise, caption, split four sets
+python scripts/prepare_data.py check data/mine                             missing, corrupt, mismatched, odd-sized
+python scripts/prepare_data.py preview configs/train/tiny/controlnet.yaml  a PNG of what the network sees
+"""
 
 import argparse
 import logging
@@ -8,16 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import adapters  # noqa: F401  registers the hint extractors
 from ldm import config, registry
-from ldm.data.check import check
-from ldm.data.emoji import build_emoji
-from ldm.data.preview import write_preview
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     emoji = commands.add_parser("emoji", help="build the emoji set from four npm packages")
     emoji.add_argument("--out", type=Path, required=True, help="folder to create")
@@ -28,31 +29,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     preview = commands.add_parser("preview", help="write a PNG of exactly what the network will see")
     preview.add_argument("config", metavar="CONFIG", help="YAML file with a data node")
     preview.add_argument("overrides", nargs="*", metavar="key=value", help="override any key, e.g. data.size=32")
-    preview.add_argument("--out", type=Path, default=Path("outputs/preview.png"), metavar="PNG")
+    preview.add_argument("--out", type=Path, default=Path("outputs/preview.png"), help="file to write")
     return parser.parse_args(argv)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Carry out one subcommand and print its result."""
-    if args.command == "emoji":
-        manifest = build_emoji(args.out, tarballs=args.tarballs, size=args.size)
-        print(args.out, f"{manifest['records']} images", *map(str, manifest["counts"].items()), sep="\n")
-    if args.command == "check":
-        print(*(report := check(args.dir)).lines(), sep="\n")
-        raise SystemExit(0 if report.ok else 2)
-    if args.command == "preview":
-        cfg = config.load(args.config, args.overrides)
-        if cfg.data is None:
-            raise registry.ConfigError(f"{args.config} has no data node; add e.g. data: {{name: synthetic, size: 64}}")
-        shown = write_preview(registry.build("data", cfg.data), args.out, seed=cfg.seed)
-        print(f"{args.out}: {shown} samples")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run; bad input is one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = parse(argv)
     with config.user_errors():
-        run(parse(argv))
+        import adapters  # noqa: F401  registers the hint extractors; slow to import, not needed for --help
+        from ldm.data import check, emoji, preview
+
+        if args.command == "emoji":
+            manifest = emoji.build_emoji(args.out, tarballs=args.tarballs, size=args.size)
+            print(args.out, f"{manifest['records']} images", *map(str, manifest["counts"].items()), sep="\n")
+        if args.command == "check":
+            print(*(report := check.check(args.dir)).lines(), sep="\n")
+            raise SystemExit(0 if report.ok else 2)
+        if args.command == "preview":
+            cfg = config.load(args.config, args.overrides)
+            if cfg.data is None:
+                raise registry.ConfigError(f"{args.config} has no data node; add e.g. data: {{name: folder, ...}}")
+            shown = preview.write_preview(registry.build("data", cfg.data), args.out, seed=cfg.seed)
+            print(f"{args.out}: {shown} samples")
 
 
 if __name__ == "__main__":

@@ -208,6 +208,8 @@ class Pck(_Predicted):
 
         Args:
             palette: a colour [r, g, b] per key point, none black.
+            predictor: its file, see the base class; null where the pictures are maps themselves.
+            side: of the pictures that it was exported for, in pixels.
             alpha: share of the picture's longer side within which a point counts as found.
         """
         super().__init__(predictor, side)

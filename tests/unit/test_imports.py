@@ -13,7 +13,7 @@ FIRST_PARTY = {"ldm", "adapters", "scripts", "tests"}
 MAY_IMPORT = {"ldm": {"ldm"}, "adapters": {"ldm", "adapters"}, "scripts": {"ldm", "adapters", "scripts"}}
 TEST_ONLY = {"diffusers", "transformers", "pytest", "hypothesis"}
 ON_DEMAND = {"wandb", "resvg_py", "matplotlib"}  # imported inside the function that needs them, once switched on
-HEAVY = {"wandb", "open_clip", "timm", "diffusers", "transformers"}
+HEAVY = {"torch", "wandb", "open_clip", "timm", "diffusers", "transformers"}
 
 # Lower layers never import higher ones. Modules of ldm that are not named here may be imported from anywhere in it.
 LAYERS = (
@@ -105,12 +105,16 @@ def test_import_ldm_is_light() -> None:
     assert loaded_after("import ldm") == set()
 
 
-def test_script_help_is_light() -> None:
+def test_script_help_is_light_and_whole() -> None:
     scripts = [str(path) for path in sorted((ROOT / "scripts").glob("*.py")) if path.name != "__init__.py"]
-    if not scripts:
-        pytest.skip("no scripts yet")
     code = f"""
-import runpy
+import argparse, runpy
+bare, add = [], argparse._ActionsContainer.add_argument
+def noted(self, *names, **how):
+    if not how.get("help"):
+        bare.append((sys.argv[0], names))
+    return add(self, *names, **how)
+argparse._ActionsContainer.add_argument = noted
 for script in {scripts!r}:
     sys.argv = [script, "--help"]
     try:
@@ -120,5 +124,13 @@ for script in {scripts!r}:
             raise RuntimeError(f"{{script}} --help exited with {{stop.code}}")
     else:
         raise RuntimeError(f"{{script}} --help did not exit")
+if bare:
+    raise RuntimeError(f"without a word of help: {{bare}}")
 """
     assert loaded_after(code) == set()
+
+
+def test_every_script_begins_with_examples() -> None:
+    for path in sorted((ROOT / "scripts").glob("[!_]*.py")):
+        said = ast.get_docstring(parse(path)) or ""
+        assert f"python scripts/{path.name}" in said, f"{path.name}: its help shows no command"
