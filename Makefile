@@ -37,17 +37,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[data,test]'
 	@touch $@
 
-demo: setup ## draw with the models that ship, train a small ControlNet, measure it, draw with it (under two minutes)
-	@echo '== 1 of 4: emoji that follow line art, drawn by the models in checkpoints/emoji'
-	@$(PY) scripts/sample.py --config configs/sample/emoji/controlnet.yaml out.dir=outputs/demo/emoji
-	@echo '== 2 of 4: train a ControlNet on procedural scenes, about a minute'
-	@$(PY) scripts/train.py --config $(TINY)/controlnet.yaml
-	@echo '== 3 of 4: does it obey? edges of its pictures against the hint, F1'
-	@$(PY) scripts/evaluate.py --config $(TINY)/controlnet.yaml
-	@echo '== 4 of 4: draw with it'
-	@$(PY) scripts/sample.py --config configs/sample/tiny/controlnet.yaml out.dir=outputs/demo/tiny
-	@echo 'pictures: outputs/demo/emoji/grid.png outputs/demo/tiny/grid.png runs/tiny/controlnet/eval/grid.png'
-	@echo 'next: README.md, "Data on emoji: the whole road"; or another prompt: python scripts/sample.py sample.prompts="a flat emoji of a red heart"'
+demo: setup ## one grid of every adapter that ships, then train a small ControlNet and draw with it (under three minutes)
+	@$(PY) scripts/tour.py $(ARGS)
 
 $(PAGE): $(STAMP)
 	@echo 'installing the web page into $(VENV)'

@@ -45,6 +45,14 @@ def compose(columns: Mapping[str, Tensor], scale: int = 1, rows: Sequence[str] =
     return sheet
 
 
+def beside(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Two sheets of tiles of one size as one, their last rows level."""
+    sheet = Image.new("RGB", (left.width + right.width, max(left.height, right.height)), "white")
+    for x, part in ((0, left), (left.width, right)):
+        sheet.paste(part, (x, sheet.height - part.height))
+    return sheet
+
+
 def _write(draw: ImageDraw.ImageDraw, x: int, y: int, lines: Sequence[str]) -> None:
     font = ImageFont.load_default(size=12)
     for i, line in enumerate(lines):

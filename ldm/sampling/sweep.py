@@ -2,13 +2,13 @@
 
 Prompts and seeds are axes too: the grid's `prompt` and `seed`, or else those of `sample:`, ahead of its other axes. The
 last axis is the columns of the picture, all others together its rows; a run without grid has a row per prompt and a
-column per seed.
+column per seed. The axis `adapters` has lists of the adapters that speak; the others have scale 0.
 """
 
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from ldm.denoiser import AdapterUse
 from ldm.registry import ConfigError, suggest
 from ldm.sampling.plan import Item, Plan, pin_weights, plan
 
+SPEAKING: Final = "adapters"
 ITEMS: Final = {"prompt": "sample.prompts", "seed": "sample.seeds"}  # axis -> the key that it is a value of
 FIXED: Final = ("hint", "image", "weights")  # keys of an adapter that are the same in all combinations
 USE_KEYS: Final = tuple(f.name for f in dataclasses.fields(AdapterUse) if f.name not in FIXED)
@@ -108,7 +109,7 @@ def expand(config: RunConfig) -> Sweep:
         images = len(combinations) * len(job.prompts) * len(job.seeds)
         if config.grid and images > sweep.MAX:
             raise ConfigError(f"grid asks for {images:,} images, allowed: up to {sweep.MAX:,}; drop values or an axis")
-    return Sweep(config, tuple(plans), _axes(config.grid, plans[0]))
+    return Sweep(config, tuple(plans), _axes(config, plans[0]))
 
 
 def _base(config: RunConfig) -> RunConfig:
@@ -130,9 +131,11 @@ def _combined(base: RunConfig, combination: Mapping[str, Any]) -> RunConfig:
     """The config with one combination set; a sampler takes as many steps as the config's own, unless it sets them."""
     if not combination:
         return base
-    steps = base.sample.sampler.get("steps")
+    steps, values = base.sample.sampler.get("steps"), dict(combination)
     kept = {} if steps is None else {"sample.sampler.steps": steps}
-    return configs.override(base, kept | dict(combination), "sampling")
+    speaking = values.pop(SPEAKING, base.adapters)
+    silent = {f"adapters.{name}.scale": 0.0 for name in base.adapters if name not in speaking}
+    return configs.override(base, kept | silent | values, "sampling")
 
 
 @contextlib.contextmanager
@@ -147,23 +150,38 @@ def naming(combination: Mapping[str, Any]) -> Iterator[None]:
         raise ConfigError(f"grid {said}: {error}") from error
 
 
-def _axes(grid: Mapping[str, Any], job: Plan) -> dict[str, tuple[str, ...]]:
+def _axes(config: RunConfig, job: Plan) -> dict[str, tuple[str, ...]]:
+    grid = config.grid
     items = {"prompt": tuple(p.text or '""' for p in job.prompts), "seed": tuple(f"seed={seed}" for seed in job.seeds)}
     implied = {axis: labels for axis, labels in items.items() if axis not in grid}
     short = sweep.short_names([*implied, *grid])
     named = {key: tuple(f"{short[key]}={sweep.text(value)}" for value in values) for key, values in grid.items()}
+    named |= {SPEAKING: tuple(_speaking(each, config) for each in grid[SPEAKING])} if SPEAKING in grid else {}
     return implied | named | {axis: labels for axis, labels in items.items() if axis in grid}
+
+
+def _speaking(names: Sequence[str], config: RunConfig) -> str:
+    """Label of the adapters that speak."""
+    return " + ".join(f"{config.adapters[name]['name']}: {name}" for name in names) or "prompt alone"
 
 
 def _check_keys(config: RunConfig) -> None:
     """Refuse what would need other models, and what is no key. Raises: ConfigError."""
-    known = [*ITEMS, *(f"sample.{key}" for key in SAMPLE_KEYS), *(f"sample.guidance.{key}" for key in GUIDANCE_KEYS)]
+    asked = config.grid.get(SPEAKING, [])
+    for names in asked if isinstance(asked, list) else []:  # `sweep.combinations` refuses the others
+        if not isinstance(names, list) or any(name not in config.adapters for name in names):
+            raise ConfigError(
+                f"grid.{SPEAKING} has {names!r}, must be lists of adapters that speak, [] for none; adapters: "
+                f"{', '.join(config.adapters) or 'none'}"
+            )
+    known = [*ITEMS, SPEAKING, *(f"sample.{key}" for key in SAMPLE_KEYS)]
+    known += [f"sample.guidance.{key}" for key in GUIDANCE_KEYS]
     known += [f"adapters.{name}.{key}" for name in config.adapters for key in USE_KEYS]
     for key in map(str, config.grid):
         if key not in known and not (key.startswith("sample.sampler.") and key.count(".") == 2):
             near = suggest(key, [*known, *(f"sample.sampler.{option}" for option in ("name", "steps", "eta"))])
             raise ConfigError(
-                f"grid has {key!r}, which no sweep can change; allowed: {', '.join(ITEMS)}, "
+                f"grid has {key!r}, which no sweep can change; allowed: {', '.join(ITEMS)}, {SPEAKING}, "
                 f"adapters.<name>.{{{','.join(USE_KEYS)}}}, sample.{{{','.join(SAMPLE_KEYS)}}}, "
                 f"sample.sampler.<option>, sample.guidance.{{{','.join(GUIDANCE_KEYS)}}}{near}"
             )

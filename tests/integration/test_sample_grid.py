@@ -115,6 +115,22 @@ def test_the_picture_has_the_last_axis_as_columns(config: Path, swept: Path, tmp
     assert sweep.combination(*sweep.items()[1]) == {"adapters.net.end": 0.5, "seed": 8, "prompt": "blue"}
 
 
+def test_the_axis_adapters_says_which_of_them_speak(config: Path) -> None:
+    sweep = expand(
+        configs.load(config, ["grid={adapters: [[], [net], [ip, net]], seed: [3]}", "adapters.ip.scale=0.5"])
+    )
+    scales = [{name: use.scale for name, use in job.uses.items()} for job in sweep.plans]
+    assert scales == [{"net": 0, "ip": 0}, {"net": 1, "ip": 0}, {"net": 1, "ip": 0.5}]
+    assert sweep.axes["adapters"] == ("prompt alone", "controlnet: net", "ip_adapter: ip + controlnet: net")
+    assert len({job.tag for job in sweep.plans}) == 3
+
+
+@pytest.mark.parametrize("value", ["[[nett]]", "[net]", "[[], {net: 1}]", "net"])
+def test_a_wrong_list_of_adapters_is_refused(config: Path, value: str) -> None:
+    with pytest.raises(registry.ConfigError, match=r"grid.adapters .*list"):
+        expand(configs.load(config, [f"grid={{adapters: {value}}}"]))
+
+
 def test_models_are_built_once_and_an_image_prompt_may_be_guided_apart(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,7 +295,7 @@ def test_dry_run_checks_clip_skip_without_weights(config: Path, capsys: pytest.C
         (["grid={adapters.net.scale: []}"], "grid.adapters.net.scale is [], must be a list of at least one"),
         (["grid={seed: 1}"], "grid.seed is 1, must be a list"),
         (["grid={adapters.nut.scale: [1]}"], "did you mean 'adapters.net.scale'"),
-        (["grid={adapters.net.weights: [a, b]}"], "no sweep can change; allowed: prompt, seed, adapters.<name>.{scale"),
+        (["grid={adapters.net.weights: [a, b]}"], "no sweep can change; allowed: prompt, seed, adapters, adapters.<name>.{scale"),
         (["grid={sample.sampler: [{name: ddim}], sample.sampler.steps: [2]}"], "one inside the other"),
         (["grid={seed: [1, 1]}"], "grid.seed has 1 twice"),
         (["grid={seed: [-1]}"], "sample.seeds is '-1'"),

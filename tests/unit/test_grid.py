@@ -53,3 +53,15 @@ def test_save_makes_the_folder(tmp_path: Path) -> None:
 def test_columns_must_have_one_size(columns: dict[str, torch.Tensor]) -> None:
     with pytest.raises(ValueError, match=r"grid columns have sizes .* must be the same"):
         grid.compose(columns)
+
+
+def test_sheets_stand_beside_each_other_with_their_last_rows_level() -> None:
+    left, right = (
+        grid.compose({label: flat(*colour)}, scale=2) for label, colour in (("a b c", (1, 0, 0)), ("", (0, 1, 0)))
+    )
+    left_high, right_high = left.height, right.height
+    assert left_high > right_high  # three lines of labels: one word fits
+    sheet = grid.beside(left, right)
+    assert sheet.size == (left.width + right.width, left_high)
+    assert sheet.crop((left.width, left_high - right_high, *sheet.size)).tobytes() == right.tobytes()
+    assert sheet.crop((0, 0, left.width, left_high)).tobytes() == left.tobytes()
