@@ -1,7 +1,4 @@
-"""The first ten minutes (`make demo`): draw with every adapter that ships, then train one, measure it and draw with it.
-
-python scripts/tour.py [--out outputs/demo] [key=value of the training, e.g. train.steps=100]
-"""
+"""`make demo`: draw with every adapter that ships, then train one, measure it and draw with it."""
 
 import argparse
 import sys
@@ -23,9 +20,9 @@ Next: source .venv/bin/activate
 
 def main(argv: list[str] | None = None) -> None:
     """Run all parts. Exits with code 2 and one line on bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("outputs/demo"))
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("outputs/tour"), help="folder of the pictures (outputs/tour)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the training, e.g. train.steps=100")
     args, began = parser.parse_args(argv), time.perf_counter()
 
     def say(text: str) -> None:
