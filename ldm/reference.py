@@ -54,7 +54,7 @@ PLAIN: Final[Mapping[type, tuple[str, ...]]] = {  # options that stand at a plac
 }
 TITLES: Final[Mapping[type, str]] = {
     AdapterUse: "every adapter",
-    TableFile: "a table, configs/ablation/PAPER/TABLE.yaml",
+    TableFile: "a table below configs/ablation",
 }
 INTRO: Final = """\
 # Every key of a config

@@ -1,4 +1,7 @@
-"""`make demo`: draw with every adapter that ships, then train one, measure it and draw with it."""
+"""`make demo`: draw with every adapter that ships, then train one, measure it and draw with it.
+
+python scripts/tour.py [--help]
+"""
 
 import argparse
 import sys

@@ -224,8 +224,8 @@ def test_prepacked_models_draw_the_same_and_the_first_batch_decides_their_layout
     seen: list[tuple[str, int, int]] = []  # when, pictures in the batch, packed weights
 
     def watched(function: Callable[..., Any], when: str) -> Callable[..., Any]:
-        def call(models: generate.Models, request: generate.Request, *more: Any) -> Any:
-            result = function(models, request, *more)
+        def call(models: generate.Models, request: generate.Request, *more: Any, **named: Any) -> Any:
+            result = function(models, request, *more, **named)
             modules = (models.denoiser, models.vae, models.text)
             packed = [p for module in modules if module is not None for p in module.parameters() if p.is_mkldnn]
             seen.append((when, len(request.prompts), len(packed)))
@@ -295,7 +295,10 @@ def test_dry_run_checks_clip_skip_without_weights(config: Path, capsys: pytest.C
         (["grid={adapters.net.scale: []}"], "grid.adapters.net.scale is [], must be a list of at least one"),
         (["grid={seed: 1}"], "grid.seed is 1, must be a list"),
         (["grid={adapters.nut.scale: [1]}"], "did you mean 'adapters.net.scale'"),
-        (["grid={adapters.net.weights: [a, b]}"], "no sweep can change; allowed: prompt, seed, adapters, adapters.<name>.{scale"),
+        (
+            ["grid={adapters.net.weights: [a, b]}"],
+            "no sweep can change; allowed: prompt, seed, adapters, adapters.<name>.{scale",
+        ),
         (["grid={sample.sampler: [{name: ddim}], sample.sampler.steps: [2]}"], "one inside the other"),
         (["grid={seed: [1, 1]}"], "grid.seed has 1 twice"),
         (["grid={seed: [-1]}"], "sample.seeds is '-1'"),

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile"]
 TEXTS += [p for place in ("docs", "checkpoints", "scripts", "configs") for p in (ROOT / place).rglob("*.*")]
 TEXTS = [path for path in TEXTS if path.suffix in (".md", ".py", ".sbatch", ".yaml", "")]
-NAMED = re.compile(r"\b(?:configs|docs|scripts|ldm|adapters|tests)/[\w./-]+\.(?:yaml|md|py|sbatch|png|json)\b")
+NAMED = re.compile(r"(?<![\w/])(?:configs|docs|scripts|ldm|adapters|tests)/[\w./-]+\.(?:yaml|md|py|sbatch|png|json)\b")
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())

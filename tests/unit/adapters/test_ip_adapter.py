@@ -221,7 +221,7 @@ def test_features_of_another_encoder_are_refused() -> None:
         ({"variant": "full", "tokens": 3}, "one per token of the encoder"),
         ({"variant": "plus", "width": 30}, "width 30 is not a multiple of head_dim 64"),
         ({"encoder": {}}, "encoder is not set; name an image tower"),
-        ({"encoder": {"name": "vitt"}}, "image.name is 'vitt'; registered: open_clip, swin, vit"),
+        ({"encoder": {"name": "vitt"}}, "image.name is 'vitt'; registered: dino, open_clip, swin, vit"),
     ],
 )
 def test_bad_options_are_one_line(options: dict[str, Any], message: str) -> None:

@@ -85,7 +85,7 @@ def test_wrong_image_sizes_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image": {"name": "resnet"}}, "image.name is 'resnet'; registered: open_clip, swin, vit"),
+        ({"image": {"name": "resnet"}}, "image.name is 'resnet'; registered: dino, open_clip, swin, vit"),
         ({"image": {"patc": 8}}, "did you mean 'patch'"),
         ({"image": {"image_size": 60}}, "vit.image_size is 60, must be a multiple of vit.patch=8"),
         ({"image": {"width": 100}}, "vit.width is 100, must be a multiple of vit.heads=3"),
