@@ -12,16 +12,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # read when it is imported
 
-import gradio as gr  # pyright: ignore[reportMissingImports]
+import gradio  # pyright: ignore[reportMissingImports]
 
 from ldm.data.errors import DataError
 from ldm.demo import pictures, sketch
 from ldm.demo.studio import MAX_STEPS, MAX_TEXT, Drawn, Step, Studio, Voice, Wish
 from ldm.prompts import Prompt
+
+gr = cast("Any", gradio)  # its own types are looser than what it takes
 
 WAITING: Final = 8  # requests in line; more are turned away
 POLICY: Final = (
@@ -140,6 +142,7 @@ def _place(studio: Studio, slot: _Slot) -> None:
     files = list(dict.fromkeys(_first(example, name) for example in studio.examples if name in example.hints))
     with gr.Accordion(f"{slot.title} (for {', '.join(slot.names)})", open=slot.drawn), gr.Row():
         with gr.Column(min_width=200):
+            preview: Any = None
             if slot.drawn:
                 gr.HTML(
                     sketch.markup(studio.size, slot.title),
@@ -149,7 +152,7 @@ def _place(studio: Studio, slot: _Slot) -> None:
                 slot.state = gr.Textbox(visible="hidden", elem_id="drawing")
             else:
                 slot.state = gr.State(None)
-                shown = gr.HTML("<em>none yet</em>", elem_classes="picked", elem_id=ident)
+                preview = gr.HTML("<em>none yet</em>", elem_classes="picked", elem_id=ident)
         with gr.Column(min_width=160):
             upload = gr.UploadButton(
                 "Upload a picture, or take one of these", file_types=["image"], size="sm", elem_id=f"upload-{ident}"
@@ -165,7 +168,7 @@ def _place(studio: Studio, slot: _Slot) -> None:
     def take(file: str) -> Any:
         return put(pictures.from_file(Path(file)))
 
-    def choose(event: gr.SelectData) -> Any:
+    def choose(event: gradio.SelectData) -> Any:
         file = files[int(event.index)]
         return put(pictures.Upload(file.name, file.read_bytes()))
 
@@ -176,7 +179,7 @@ def _place(studio: Studio, slot: _Slot) -> None:
             return pictures.data_url(data)
         return str(pictures.keep(studio.folder / "pictures", data)), f'<img src="{pictures.data_url(data)}" alt="">'
 
-    outputs = [slot.state] if slot.drawn else [slot.state, shown]
+    outputs = [slot.state] if slot.drawn else [slot.state, preview]
     for event, handler, given in ((upload.upload, take, [upload]), (gallery.select, choose, [])):
         done = event(handler, given, outputs, show_progress="minimal", api_visibility="private")
         if slot.drawn:
@@ -194,7 +197,8 @@ def _told() -> Generator[None]:
     try:
         yield
     except ValueError as error:
-        raise gr.Error(escape(" ".join(str(error).split())), title="Not drawn", duration=None) from error
+        said = escape(" ".join(str(error).split()), quote=False)
+        raise gr.Error(said, title="Not drawn", duration=None, print_exception=False) from error
 
 
 def _answer(studio: Studio, names: list[str], slots: list[_Slot], canvas: str, given: tuple[Any, ...]) -> Iterator[Any]:
@@ -206,10 +210,11 @@ def _answer(studio: Studio, names: list[str], slots: list[_Slot], canvas: str, g
         voices: dict[str, Voice] = {}
         for name, on, scale in zip(names, switches[::2], switches[1::2], strict=True):
             slot = next(slot for slot in slots if name in slot.names)
-            if on and not heard[slot.title]:
+            if not on:
+                continue
+            if (picture := heard[slot.title]) is None:
                 raise DataError(f"{name} is on, but has nothing to hear: {_invitation(slot)}, or switch it off")
-            if on:
-                voices[name] = Voice(Path(heard[slot.title]), float(scale))
+            voices[name] = Voice(Path(picture), float(scale))
         if seed is None:
             raise DataError("the seed is empty; give a number from 0")
         wish = Wish(prompt or "", negative or "", int(seed), int(steps), float(guidance), sampler, voices)
