@@ -1,7 +1,4 @@
-"""`make demo`: draw with every adapter that ships, then train one, measure it and draw with it.
-
-python scripts/tour.py [--help]
-"""
+"""`make demo`, or python scripts/tour.py: draw with every adapter that ships, train one, measure it, draw with it."""
 
 import argparse
 import sys
