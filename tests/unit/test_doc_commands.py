@@ -86,10 +86,13 @@ def commands(path: Path) -> Iterator[Command]:
                 yield Command(f"{path.relative_to(ROOT)}: {bare[:90]}", split, words or whole)
 
 
+def shown(command: Command) -> str:
+    return command.where
+
+
 EVERY = [command for path in TEXTS for command in commands(path)]
 SCRIPTS = [command for command in EVERY if command.script]
 FREE = [c for c in SCRIPTS if not c.needs and not c.sketched and c.script != "ablate"]
-by_text = {"ids": lambda command: command.where}
 
 
 class Parsed(Exception):  # noqa: N818  (no error: it stops a script behind its argument parser)
@@ -172,12 +175,12 @@ def test_commands_are_found_in_both_kinds_of_block() -> None:
     assert found == [["python a.py"], ["make b", "more"]]
 
 
-@pytest.mark.parametrize("command", EVERY, **by_text)
+@pytest.mark.parametrize("command", EVERY, ids=shown)
 def test_marks_are_words_that_are_known(command: Command) -> None:
     assert {word.split()[0] for word in command.needs} <= WORDS, f"allowed: {', '.join(sorted(WORDS))}"
 
 
-@pytest.mark.parametrize("command", SCRIPTS, **by_text)
+@pytest.mark.parametrize("command", SCRIPTS, ids=shown)
 def test_command_parses_and_runs_in_a_fresh_clone_unless_it_is_marked(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +193,7 @@ def test_command_parses_and_runs_in_a_fresh_clone_unless_it_is_marked(
     assert command.needs or not lacks, f"{command.where} needs {lacks}: mark it, e.g. `# needs: data`"
 
 
-@pytest.mark.parametrize("command", [c for c in EVERY if not c.script], **by_text)
+@pytest.mark.parametrize("command", [c for c in EVERY if not c.script], ids=shown)
 def test_other_commands_name_targets_and_tests_that_exist(command: Command) -> None:
     if command.words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
@@ -201,7 +204,7 @@ def test_other_commands_name_targets_and_tests_that_exist(command: Command) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", FREE, **by_text)
+@pytest.mark.parametrize("command", FREE, ids=shown)
 def test_unmarked_command_runs(command: Command, tmp_path: Path) -> None:
     for name in ("configs", "checkpoints", "scripts", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
