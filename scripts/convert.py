@@ -21,10 +21,7 @@ from ldm import config
 LIST = Path(__file__).resolve().parents[1] / "checkpoints" / "weights.yaml"
 PATH, OUT = {"type": Path, "help": "file or folder"}, {"type": Path, "required": True, "help": "what to write"}
 STEM, ONLY = {"help": "which file of the checkpoint"}, {"default": "", "help": "names that begin so, e.g. image."}
-DTYPE, NAME = (
-    {"default": "fp16", "choices": ["fp32", "bf16", "fp16"], "help": "of numbers"},
-    {"help": "in weights.yaml"},
-)
+DTYPE, NAME = {"default": "fp16", "choices": ["fp32", "bf16", "fp16"], "help": "type"}, {"help": "in weights.yaml"}
 ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
     "inspect": {"path": PATH},
     "import": {"path": PATH, "--out": OUT, "--ema": {"action": "store_true", "help": "its averaged UNet"}},
