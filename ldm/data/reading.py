@@ -118,7 +118,7 @@ def _turned(image: Image.Image) -> bool:
         return False  # Pillow would decode a PNG to look for it behind the pixels
     try:
         return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         return False
 
 
