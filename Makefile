@@ -49,7 +49,7 @@ page: $(PAGE) ## the web page, on this machine only (ARGS=... are passed to scri
 	$(PY) scripts/demo.py $(ARGS)
 
 test: setup ## fast tests on the CPU, without network, two at a time (ARGS=... is passed to pytest)
-	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-all: setup ## the slow tests too, and the GPU ones where there is a GPU
 	$(PY) -m pytest -m 'not network' $(ARGS)

@@ -15,6 +15,8 @@ from ldm import config, registry
 from ldm.training import run
 from tests.ranks import ROOT, launch_two_ranks
 
+pytestmark = pytest.mark.xdist_group("ranks")  # one process makes what the module's tests share
+
 LDM = str(ROOT / "configs" / "train" / "tiny" / "ldm.yaml")
 SMALL = ["device=cpu", "train.threads=1", "train.precision=fp32", "train.steps=20", "train.batch=4", "train.lr=1e-3"]
 SMALL += ["train.warmup=0", "train.decay=constant", "train.ema=0.9", "train.trainable=[adapters.*]", "log.every=1"]

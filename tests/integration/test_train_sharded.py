@@ -40,6 +40,8 @@ import json
 from pathlib import Path
 from ldm.training import distributed, run, shards
 
+pytestmark = pytest.mark.xdist_group("sharded")  # one process makes what the module's tests share
+
 begin, real = run.train, shards.shard
 def named(config):
     global folder
