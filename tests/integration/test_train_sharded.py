@@ -18,6 +18,8 @@ from ldm.registry import ConfigError
 from ldm.training import checkpoint, run
 from tests.ranks import launch_two_ranks
 
+pytestmark = pytest.mark.xdist_group("sharded")  # one process makes what the module's tests share
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "configs" / "train" / "tiny"
 SMALL = ["device=cpu", "train.threads=1", "train.precision=fp32", "train.steps=20", "train.batch=4", "train.ema=0.9"]
@@ -39,8 +41,6 @@ PROLOGUE = """
 import json
 from pathlib import Path
 from ldm.training import distributed, run, shards
-
-pytestmark = pytest.mark.xdist_group("sharded")  # one process makes what the module's tests share
 
 begin, real = run.train, shards.shard
 def named(config):
