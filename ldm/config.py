@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import functools
 import math
-import re
 import sys
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -244,7 +243,7 @@ def from_mapping(node: Node, source: str = "config") -> RunConfig:
     _check_groups(node, RunConfig(), f"{source}: ")
     try:
         config = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(node))
-        _refuse_resolvers(config, source)
+        config_yaml.refuse_resolvers(OmegaConf.to_container(config, resolve=False), source)
         result = cast("RunConfig", OmegaConf.to_object(config))
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(error, source)) from error
@@ -357,12 +356,6 @@ def _check_values(config: RunConfig, source: str) -> None:
 
 def _get(config: Any, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
-
-
-def _refuse_resolvers(config: Any, source: str) -> None:
-    text = OmegaConf.to_yaml(config, resolve=False)
-    if found := re.search(r"\$\{[^}]*:[^}]*\}", text):
-        raise ConfigError(f"{source}: {found[0]} is a resolver; only references to keys, like ${{seed}}, are allowed")
 
 
 def _first_line(error: Exception) -> str:

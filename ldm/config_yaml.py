@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -41,3 +41,14 @@ def inline(value: Any) -> str:
     """A value in one line of YAML."""
     text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True)
     return " ".join(text.removesuffix("...\n").split())
+
+
+def refuse_resolvers(node: Any, source: str) -> None:
+    """Raises: ConfigError if a text below `node` has a `${` that is no plain reference: resolvers, nested ones too."""
+    if isinstance(node, dict):
+        node = [part for pair in cast("dict[Any, Any]", node).items() for part in pair]
+    if isinstance(node, list):
+        for part in cast("list[Any]", node):
+            refuse_resolvers(part, source)
+    elif found := re.search(r"\$\{(?![\w.\[\]]+\}).{0,60}", str(node)):
+        raise ConfigError(f"{source}: {found[0]} is a resolver; only references to keys, like ${{seed}}, are allowed")

@@ -37,8 +37,9 @@ def tables(path: Path, overrides: Sequence[str], out: Path, seeds: int | None, *
     with distributed.session(_device(found), _threads(found)) as rank:
         for table in found:
             run.execute(table, out, rank)
-            texts.append(f"{table.name}\n\n{(run.folder(table, out) / 'table.md').read_text(encoding='utf-8')}")
-    return "\n".join(texts) if rank.main else ""
+            if rank.main:
+                texts.append(f"{table.name}\n\n{(run.folder(table, out) / 'table.md').read_text(encoding='utf-8')}")
+    return "\n".join(texts)
 
 
 def _device(found: Sequence[table_module.Table]) -> str:

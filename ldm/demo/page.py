@@ -214,9 +214,13 @@ def _answer(studio: Studio, names: list[str], slots: list[_Slot], canvas: str, g
                 continue
             if (picture := heard[slot.title]) is None:
                 raise DataError(f"{name} is on, but has nothing to hear: {_invitation(slot)}, or switch it off")
+            if scale is None:
+                raise DataError(f"the weight of {name} is empty; give a number")
             voices[name] = Voice(Path(picture), float(scale))
-        if seed is None:
-            raise DataError("the seed is empty; give a number from 0")
+        if None in (seed, steps, guidance):
+            raise DataError("seed, steps or guidance is empty; give a number")
+        if "${" in f"{prompt}{negative}":
+            raise DataError("the prompt has ${, which configs read as a reference; leave it out")
         wish = Wish(prompt or "", negative or "", int(seed), int(steps), float(guidance), sampler, voices)
         yield from _drawings(studio, wish, bool(beside and voices))
 

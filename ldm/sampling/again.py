@@ -5,6 +5,7 @@ imported; models, adapters and settings are those that configs may name. A file 
 only if its sha256 is the recorded one. The picture's size must be that of the PNG itself.
 """
 
+import dataclasses
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
@@ -111,6 +112,7 @@ def _config(
         whole["sample"] = cast("dict[str, Any]", settings) | alone
     node = configs.overridden(whole | {"out": {"dir": FOLDER}}, overrides)
     config = configs.from_mapping(node, str(picture))
+    _check_sizes(dataclasses.asdict(config.sample), picture)  # as typed: text may have become a number
     size = (config.sample.width, config.sample.height)
     if size != (actual := output.image_size(picture)):
         raise ConfigError(f"{picture} is {actual} (w h) pixels, but says that it was drawn at {size}; it was changed")
@@ -122,7 +124,9 @@ def _check_sizes(node: Any, picture: Path, depth: int = 0) -> None:
     if depth > MAX_DEPTH or (isinstance(node, int | float) and abs(node) > MAX_NUMBER):
         what = f"the number {node}" if depth <= MAX_DEPTH else "nested mappings"
         raise ConfigError(f"{picture} carries {what}; allowed: up to {MAX_NUMBER:,}, {MAX_DEPTH} deep; it was changed")
-    below = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    if isinstance(node, str) and "${" in node:  # what is written is resolved; references may grow without end
+        raise ConfigError(f"{picture} carries the reference {node[:40]!r}, allowed: values only; it was changed")
+    below = [*node, *node.values()] if isinstance(node, dict) else node if isinstance(node, list) else ()
     for value in cast("Sequence[Any]", below):
         _check_sizes(value, picture, depth + 1)
 

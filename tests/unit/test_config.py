@@ -245,7 +245,15 @@ def test_yaml_tags_that_run_code_are_refused(tmp_path: Path, value: str) -> None
 
 
 @pytest.mark.parametrize(
-    "text", ["${oc.env:HOME}", "${oc.env:HOME,x}", "${oc.decode:'1'}", "a ${oc.env:${seed}} b", "${no_such:1}"]
+    "text",
+    [
+        "${oc.env:HOME}",
+        "${oc.env:HOME,x}",
+        "${oc.decode:'1'}",
+        "a ${oc.env:${seed}} b",
+        "${no_such:1}",
+        "${oc.${seed}:HOME}",
+    ],
 )
 def test_resolvers_are_refused(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "HOME", "secret")
