@@ -72,10 +72,7 @@ class ViTConfig:
             ConfigError: if a number is below 1, or one does not divide the other.
         """
         check_positive("vit", self, ("image_size", "patch", "width", "layers", "heads"))
-        if self.image_size % self.patch:
-            raise ConfigError(f"vit.image_size is {self.image_size}, must be a multiple of vit.patch={self.patch}")
-        if self.width % self.heads:
-            raise ConfigError(f"vit.width is {self.width}, must be a multiple of vit.heads={self.heads}")
+        check_multiples("vit", self, image_size="patch", width="heads")
 
 
 def tokens_of(net: Any, x: Tensor, block: int) -> Tensor:
@@ -186,3 +183,11 @@ def check_positive(owner: str, config: object, names: tuple[str, ...]) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ConfigError(f"{owner}.{name} is {getattr(config, name)}, must be at least 1")
+
+
+def check_multiples(owner: str, config: object, **pairs: str) -> None:
+    """Raise ConfigError where a number is no multiple of the one that is named for it."""
+    for name, by in pairs.items():
+        value, divisor = getattr(config, name), getattr(config, by)
+        if value % divisor:
+            raise ConfigError(f"{owner}.{name} is {value}, must be a multiple of {owner}.{by}={divisor}")

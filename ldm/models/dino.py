@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.models.clip import ImageTower, check_positive
-from ldm.registry import ConfigError, register
+from ldm.models.clip import ImageTower, check_multiples, check_positive
+from ldm.registry import register
 from ldm.transfer import send
 
 MEAN = (0.485, 0.456, 0.406)
@@ -42,10 +42,7 @@ class DinoConfig:
 
     def __post_init__(self) -> None:
         check_positive("dino", self, ("image_size", "patch", "width", "layers", "heads", "positions"))
-        for name, by in (("image_size", "patch"), ("positions", "patch"), ("width", "heads")):
-            if getattr(self, name) % getattr(self, by):
-                value, divisor = getattr(self, name), getattr(self, by)
-                raise ConfigError(f"dino.{name} is {value}, must be a multiple of dino.{by}={divisor}")
+        check_multiples("dino", self, image_size="patch", positions="patch", width="heads")
 
 
 @register("image", "dino", options=DinoConfig)

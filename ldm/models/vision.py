@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ldm.models.clip import ImageTower, tokens_of
+from ldm.models.clip import ImageTower, check_multiples, check_positive, tokens_of
 from ldm.registry import ConfigError, register
 from ldm.transfer import send
 
@@ -45,17 +45,12 @@ class OpenCLIPConfig:
     activation: str = "gelu"
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch", "width", "heads", "mlp", "embed_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"open_clip.{name} is {getattr(self, name)}, must be at least 1")
+        check_positive("open_clip", self, ("image_size", "patch", "width", "heads", "mlp", "embed_dim"))
         if self.layers < 2:
             raise ConfigError(
                 f"open_clip.layers is {self.layers}, must be at least 2: image prompts read the last but one"
             )
-        for name, divisor in (("image_size", "patch"), ("width", "heads")):
-            if getattr(self, name) % getattr(self, divisor):
-                value, by = getattr(self, name), getattr(self, divisor)
-                raise ConfigError(f"open_clip.{name} is {value}, must be a multiple of open_clip.{divisor}={by}")
+        check_multiples("open_clip", self, image_size="patch", width="heads")
         if self.activation not in ACTIVATIONS:
             raise ConfigError(f"open_clip.activation is {self.activation!r}; allowed: {', '.join(ACTIVATIONS)}")
 
