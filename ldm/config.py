@@ -264,6 +264,11 @@ def override(config: RunConfig, values: Node, source: str) -> RunConfig:
     return from_mapping(_over(dataclasses.asdict(config), above), source)
 
 
+def plain(config: RunConfig) -> Node:
+    """The config as plain values, references followed."""
+    return cast("Node", OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
+
+
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML; `load` reads it back equal."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

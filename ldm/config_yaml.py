@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, cast
 
 import yaml
@@ -52,3 +53,12 @@ def refuse_resolvers(node: Any, source: str) -> None:
             refuse_resolvers(part, source)
     elif found := re.search(r"\$\{(?![\w.\[\]]+\}).{0,60}", str(node)):
         raise ConfigError(f"{source}: {found[0]} is a resolver; only references to keys, like ${{seed}}, are allowed")
+
+
+def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; empty ones have none."""
+    result: dict[str, Any] = {}
+    for key, value in node.items():
+        inside = isinstance(value, dict)
+        result |= flat(cast("dict[str, Any]", value), f"{prefix}{key}.") if inside else {f"{prefix}{key}": value}
+    return result

@@ -56,11 +56,16 @@ def text(value: Any) -> str:
     return json.dumps(value, default=str, ensure_ascii=False).replace('"', "")
 
 
+def slug(name: str) -> str:
+    """A name as a part of file names."""
+    return re.sub(r"[^A-Za-z0-9._=+-]+", "-", name)
+
+
 def file_names(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """One part of a file name for each combination: `scale=0.5_eta=1`, numbered where that is no name of its own."""
     short = short_names(list(found[0]))
     names = ["_".join(f"{short[key]}={text(value)}" for key, value in each.items()) for each in found]
-    names = [re.sub(r"[^A-Za-z0-9._=+-]+", "-", name) for name in names]
+    names = [slug(name) for name in names]
     if len(set(names)) == len(names) and max(map(len, names)) <= LONGEST:
         return names
     return [f"c{i:04d}_{name[:LONGEST]}" for i, name in enumerate(names)]

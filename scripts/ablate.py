@@ -33,11 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         from ldm.ablation import commands
         from ldm.training.signals import EXIT_CODE, Stopped
 
-        command, *rest = [word for word in args.words if "=" not in word] or [""]
+        command, *rest = args.words or [""]
         if command in commands.COMMANDS and args.config is None:
             print(commands.COMMANDS[command](rest))
             return
-        if args.config is None or command:
+        if args.config is None or any("=" not in word for word in args.words):
             raise ConfigError(
                 "name --config FILE, or one of the commands: report RESULTS DOCUMENT, compare RUN_A RUN_B"
             )

@@ -1,7 +1,7 @@
 """Two runs side by side: the keys in which they differ, their figures, their pictures."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ def compare(a: Path, b: Path, out: Path | None = None) -> str:
 
     Raises: ConfigError if one is no run.
     """
-    left, right = dict(_keys(a)), dict(_keys(b))
+    left, right = _keys(a), _keys(b)
     keys = [k for k in dict.fromkeys([*left, *right]) if left.get(k) != right.get(k) and k not in WITHOUT]
     lines = [f"| | {a} | {b} |", "| --- | --- | --- |"]
     lines += [f"| {key} | {left.get(key, '-')} | {right.get(key, '-')} |" for key in keys] or ["| keys | the same | |"]
@@ -38,20 +38,12 @@ def compare(a: Path, b: Path, out: Path | None = None) -> str:
     return "\n".join(lines)
 
 
-def _keys(run: Path) -> Iterator[tuple[str, str]]:
+def _keys(run: Path) -> Figures:
     file = run / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{run} has no config.yaml, so it is no run folder; name one that train.py wrote")
     node = config_yaml.parse(file.read_bytes(), str(file))
-    yield from _flat(cast("Mapping[str, Any]", node))
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(cast("Mapping[str, Any]", value), f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", json.dumps(value)
+    return {key: json.dumps(value) for key, value in config_yaml.flat(cast("Mapping[str, Any]", node)).items()}
 
 
 def _figures(run: Path) -> Figures:

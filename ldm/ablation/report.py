@@ -62,6 +62,8 @@ def _section(known: Table, rows: list[Result], kept: Path, source: Path) -> str:
         if (source / name).resolve() != (place / name).resolve():
             shutil.copyfile(source / name, place / name)
     seconds = sum(sum(r.seconds.values()) for r in rows)
+    keys = {row.name: row for row in known.rows}
+    stale = [r for r in rows if r.config != keys[r.row].key(r.seed)]
     parts = [
         f"## {known.name}\n",
         f"{known.file.question} {known.file.paper}: {known.file.says}\n",
@@ -70,6 +72,8 @@ def _section(known: Table, rows: list[Result], kept: Path, source: Path) -> str:
         f"{max(r.items for r in rows)} pictures per run; {seconds / 60:.0f} minutes of training and measuring. "
         f"[CSV]({kept.name}/{known.name}/table.csv)\n",
     ]
+    if stale:
+        parts.insert(3, f"**{len(stale)} of {len(rows)} runs had other settings than the file has now.**\n")
     if "plot.png" in files:
         parts.append(f"![{known.name}]({kept.name}/{known.name}/plot.png)\n")
     return "\n".join(parts)

@@ -13,14 +13,17 @@ from typing import Any, Final, cast
 
 from ldm.ablation import plots
 from ldm.ablation.result import Result
-from ldm.ablation.table import Claim, Table, parse_claim
+from ldm.ablation.table import Claim, Row, Table, parse_claim
 from ldm.evaluation.arms import CEILING, CHANCE
 from ldm.evaluation.intervals import Interval
 from ldm.registry import ConfigError
 
 STEEPEST: Final = "steepest_tenth"  # largest share of a curve's whole rise made within a tenth of training
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-T: Final = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last one serves all further ones.
+T: Final = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
+    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
 COLUMNS: Final = ("row", "seed", "measure", "arm", "mean", "low", "high", "items", "config", "train_s", "measure_s")
 
 
@@ -67,18 +70,20 @@ def steepest(course: Sequence[tuple[int, float]]) -> float:
     return min(best / rise, 1.0) if rise > 0 else 0.0
 
 
-def read(file: Path, config: str) -> Result | None:
-    """A row's figures if they are there and of this config."""
+def read(file: Path, table: Table, row: Row, seed: int) -> Result | None:
+    """What the table asks for, of the evaluation that is kept; None if it is missing or of another run."""
     try:
         node = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    if node["config"] != config:
+    if node["config"] != row.key(seed) or node.get("curve") != table.file.curve:
         return None
-    figures = {name: Interval(**figure) for name, figure in node["figures"].items()}
     course = tuple((int(step), float(value)) for step, value in node["course"])
-    known = {key: node[key] for key in ("row", "seed", "arm", "items", "config", "seconds")}
-    return Result(figures=figures, course=course, **known)
+    try:
+        result = of(table, row.name, seed, node["evaluation"], course)
+    except ConfigError:  # it measured something else
+        return None
+    return dataclasses.replace(result, config=node["config"], seconds=node["seconds"])
 
 
 def over_seeds(values: Sequence[float]) -> Interval:
@@ -86,7 +91,7 @@ def over_seeds(values: Sequence[float]) -> Interval:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Interval(mean, -math.inf, math.inf)
-    t = T[len(values) - 2] if len(values) - 2 < len(T) else 1.96
+    t = T[min(len(values) - 2, len(T) - 1)]
     half = t * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
 

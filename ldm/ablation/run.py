@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,6 +14,7 @@ from ldm.ablation.result import Result
 from ldm.ablation.table import Row, Table, run_name, trains
 from ldm.config import RunConfig, RunDir
 from ldm.evaluation.run import evaluate
+from ldm.sampling.output import write_file
 from ldm.training import checkpoint, run
 from ldm.training.distributed import Rank
 
@@ -30,7 +30,7 @@ def plan(table: Table, out: Path) -> str:
     for row in table.rows:
         for seed in table.seeds:
             config, folder = row.config(seed, drawing=False), run_name(row, seed)
-            if results.read(_file(table, row, seed, out), row.key(seed)):
+            if results.read(_file(table, row, seed, out), table, row, seed):
                 what = "done"
             elif not trains(config):
                 what = "measure the weights that the config names"
@@ -83,7 +83,7 @@ def _trained(run_dir: Path, config: RunConfig) -> bool:
 def _measured(table: Table, row: Row, seed: int, out: Path, rank: Rank) -> Result:
     """The row's figures: those that are there, or new ones."""
     file, drawn = _file(table, row, seed, out), row.config(seed)
-    if known := rank.told(results.read(file, row.key(seed)) if rank.main else None):
+    if known := rank.told(results.read(file, table, row, seed) if rank.main else None):
         return known
     trained, where = row.config(seed, drawing=False), file.with_suffix("")
     clock = time.perf_counter()
@@ -98,7 +98,7 @@ def _measured(table: Table, row: Row, seed: int, out: Path, rank: Rank) -> Resul
     result = results.of(table, row.name, seed, record, course)
     result = replace(result, config=row.key(seed), seconds=seconds)
     if rank.main:
-        _keep(result, record, where, file)
+        _keep(result, record, table.file.curve, where, file)
     return result
 
 
@@ -115,19 +115,17 @@ def _sharing(config: RunConfig, inputs: Path) -> RunConfig:
     return replace(config, stage={**stage, "cache_dir": str(inputs / key)})
 
 
-def _keep(result: Result, record: Mapping[str, Any], where: Path, file: Path) -> None:
+def _keep(result: Result, record: Mapping[str, Any], curve: str | None, where: Path, file: Path) -> None:
     """Write a row's figures, whole or not at all, and its pictures."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     grid = where / "eval" / "grid.png"
     if grid.exists():
-        shutil.copyfile(grid, file.with_suffix(".png"))
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**result.record(), "evaluation": record}, indent=1), encoding="utf-8")
-    temporary.replace(file)
+        write_file(file.with_suffix(".png"), grid.read_bytes())
+    write_file(file, json.dumps({**result.record(), "curve": curve, "evaluation": record}, indent=1).encode())
 
 
 def _course(where: Path, measure: str) -> tuple[tuple[int, float], ...]:
-    """Step and value of a measure that validation logged, of whichever adapter has it."""
-    lines = (where / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    found = ((line["step"], key, value) for line in map(json.loads, lines) for key, value in line.items())
-    return tuple((step, value) for step, key, value in found if key.partition(".")[2] == measure)
+    """Step and value of a measure that validation logged, of the first adapter that has it; none without a training."""
+    file = where / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    name = next((key for line in lines for key in line if key.partition(".")[2] == measure), None)
+    return tuple((line["step"], line[name]) for line in lines if name in line)

@@ -19,7 +19,6 @@ other key that training shall not see stands under `draw:` in its row.
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -105,7 +104,7 @@ class Row:
     @cached_property
     def slug(self) -> str:
         """The name as a part of file names."""
-        return re.sub(r"[^A-Za-z0-9._=+-]+", "-", self.name).strip("-")
+        return sweep.slug(self.name).strip("-")
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def load(path: Path, budget: str, overrides: Sequence[str] = (), seeds: int | No
     file = dataclasses.replace(whole, **options)
     base = config_module.load(base_file, overrides)
     measures = (file.measure,) if isinstance(file.measure, str) else tuple(file.measure)
-    seeds = seeds or count
+    seeds = count if seeds is None else seeds
     if not isinstance(seeds, int) or seeds < 1:
         raise ConfigError(f"{where}: seeds is {seeds!r}, must be a whole number of at least 1")
     numbers = tuple(base.seed + STRIDE * k for k in range(seeds))

@@ -13,13 +13,12 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
-from omegaconf import OmegaConf
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from ldm import config as configs
 from ldm import grid
 from ldm.conditioning import TextUse
 from ldm.config import RunConfig
+from ldm.config_yaml import flat
 from ldm.convert import files
 from ldm.data import transforms
 from ldm.data.reading import DECODE_ERRORS, image_size, read_image
@@ -134,7 +134,7 @@ class Output:
             "adapters": {n: use | dict.fromkeys(("hint", "image"), str(prompt.hints[n])) for n, use in uses.items()},
             "source": _source(prompt) | {"strength": job.strength},
             "weights": self._weights,
-            "config": _plain(dataclasses.replace(job.config, sample=alone)),
+            "config": configs.plain(dataclasses.replace(job.config, sample=alone)),
             "batch": [_record(each.prompt) | {"seed": each.seed} for each in items],
             "row": row,
             "files": {str(path): self._file_digest(path) for path in needed(job, [each.prompt for each in items])},
@@ -143,10 +143,10 @@ class Output:
     def _difference(self, file: Path) -> str:
         """What the folder's config has otherwise than this one."""
         try:
-            theirs = dict(_leaves(_decisive(configs.load(file))))
+            theirs = flat(_decisive(configs.load(file)))
         except ConfigError:
             return "its config.yaml cannot be read"
-        ours = dict(_leaves(_decisive(self._sweep.config)))
+        ours = flat(_decisive(self._sweep.config))
         keys = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
         return f"other {', '.join(keys[:3])}" if keys else "the content of its prompts, hints or weights has changed"
 
@@ -241,7 +241,7 @@ def _source(prompt: Prompt) -> dict[str, str | None]:
 
 def _decisive(config: RunConfig) -> dict[str, Any]:
     """The part of a config that decides the pictures. Prompts and image files are paths in it: see `Output`."""
-    whole = _plain(config)
+    whole = configs.plain(config)
     kept = {key: whole[key] for key in ("model", "adapters", "grid")}
     kept |= {"fuser": whole["fuser"]} if whole["fuser"] else {}  # folders from before there were fusers stay the same
     return kept | {"sample": whole["sample"] | dict.fromkeys(INDIFFERENT)}
@@ -249,18 +249,6 @@ def _decisive(config: RunConfig) -> dict[str, Any]:
 
 def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _plain(config: RunConfig) -> dict[str, Any]:
-    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
-
-
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _leaves(value, f"{path}.{key}".lstrip("."))
-    else:
-        yield path, node
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ldm import config as config_module
 from ldm.config import RunConfig
+from ldm.config_yaml import flat
 from ldm.registry import ConfigError
 from ldm.training import checkpoint, shards
 from ldm.training.distributed import Rank, fit, whole
@@ -92,7 +92,7 @@ def _training(config: RunConfig, stage: Stage, state: State) -> dict[str, Any]:
     return {
         "step": state.step,
         "skipped": state.skipped,
-        "config": _plain(config),
+        "config": config_module.plain(config),
         "cwd": os.getcwd(),  # of the config's paths
         "samples": state.samples,
         "names": {player: list(ps) for player, ps in state.parameters.items()},
@@ -173,7 +173,8 @@ def _check(saved: Mapping[str, Any], state: State, stage: Stage, folder: Path) -
 
 def _differences(theirs: Mapping[str, Any], config: RunConfig, cwd: str) -> dict[str, str]:
     """Keys that the config has otherwise than a saved one, with both values. `cwd`: where that one's paths are from."""
-    old, new = _flat(_plain(RunConfig())) | _flat(theirs), _flat(_plain(config))
+    old = flat(config_module.plain(RunConfig())) | flat(theirs)
+    new = flat(config_module.plain(config))
     keys = [k for k in sorted(old.keys() | new.keys()) if not _within(k, UNREAD)]
     return {k: f"{k}={old.get(k)!r}, not {new.get(k)!r}" for k in keys if not _same(old.get(k), new.get(k), cwd)}
 
@@ -187,18 +188,6 @@ def _same(old: Any, new: Any, cwd: str) -> bool:
     if old == new or not (isinstance(old, str) and isinstance(new, str)):
         return old == new
     return os.path.realpath(os.path.join(cwd, old)) == os.path.realpath(new)
-
-
-def _plain(config: RunConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(OmegaConf.structured(config))  # pyright: ignore[reportReturnType]
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    result: dict[str, Any] = {}
-    for key, value in node.items():
-        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return result
 
 
 def _buffers(stage: Stage) -> dict[str, Tensor]:

@@ -61,6 +61,12 @@ def test_interrupted_table_goes_on_and_is_the_same(
     assert len(calls) == 4, "one of the first start, the one interrupted, two of the second"
     assert read(tmp_path / "again") == rows
 
+    # A measure that the kept evaluations have is read from them; one that they have not is measured.
+    table.write_text(table.read_text().replace("[edge_f1, loss]", "[loss, edge_f1, edge.residual_ratio]"))
+    ablate_into("again")
+    assert len(calls) == 4
+    assert {line[2] for line in read(tmp_path / "again")[1:]} == {"loss", "edge_f1", "edge.residual_ratio"}
+
 
 def test_dry_run_lists_what_is_to_do_and_trains_nothing(
     table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,5 +1,6 @@
 """Figures of ablations: intervals over seeds, verdicts on the papers' claims, tables that read back, the report."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -61,11 +62,13 @@ def test_report_writes_every_table_with_its_claims(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(table.files(Path("configs/ablation"))[0].resolve().parents[3])
     known = table.load(Path("configs/ablation/t2i_adapter/size.yaml"), "short")
     figures = {"full": 0.5, "small": 0.49, "tiny": 0.48}
+    keys = {row.name: row for row in known.rows}
     found = [
-        Result(name, seed, "sketch", {m: Interval(v, v, v) for m in known.measures}, 64)
+        Result(name, seed, "sketch", {m: Interval(v, v, v) for m in known.measures}, 64, config=keys[name].key(seed))
         for name, v in figures.items()
         for seed in known.seeds
     ]
+    found[0] = dataclasses.replace(found[0], config="0000")
     results.write(known, found, tmp_path / "short" / "t2i_adapter" / "size")
     said = report.write(tmp_path / "short", tmp_path / "ablations.md")
     text = (tmp_path / "ablations.md").read_text()
@@ -75,6 +78,7 @@ def test_report_writes_every_table_with_its_claims(tmp_path: Path, monkeypatch: 
         and "`full > tiny`" in text
         and "--config configs/ablation/t2i_adapter/size.yaml" in text
     )
+    assert f"**1 of {len(found)} runs had other settings than the file has now.**" in text
     again = report.write(tmp_path / "ablations", tmp_path / "again.md")  # from what it keeps beside the document
     assert again.replace("again", "ablations") == said
     (tmp_path / "ablations" / "t2i_adapter" / "size" / "table.csv").write_text(results.as_csv(runs("huge", 1.0)))
