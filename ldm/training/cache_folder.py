@@ -161,6 +161,8 @@ class Folder:
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
+            if self._saved() != saved:  # another run was quicker
+                raise ConfigError(f"stage.cache_dir {self.path} was changed by another run just now; start again")
             for path in (*bad, *self.path.glob(f"*{_NEW}*")):
                 path.unlink(missing_ok=True)
             self._say({"complete": False, "key": ours})
