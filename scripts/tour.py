@@ -7,14 +7,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ldm import config
 from scripts import evaluate, sample, train
 
 EMOJI, TINY = "configs/sample/emoji/{}.yaml", "configs/{}/tiny/controlnet.yaml"
-END = """done. Pictures:
-  {0}/adapters.png: what each adapter does
-  {0}/tiny/grid.png: drawn by the ControlNet that was trained just now (runs/tiny/controlnet/images: as it learned)
-Next: source .venv/bin/activate
-  python scripts/sample.py sample.prompts="a flat emoji of a red heart"
+END = """done. {0}/adapters.png: what each adapter does
+{0}/tiny/grid.png: drawn by the ControlNet that was trained just now (runs/tiny/controlnet/images: as it learned)
+Next: .venv/bin/python scripts/sample.py sample.prompts="a flat emoji of a red heart"
   docs/train-your-own-controlnet.md: the same with pictures of your own"""
 
 
@@ -36,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     say("3 of 4, measure it on 128 scenes that it has not seen")
     evaluate.main(trained)
     say("4 of 4, draw with it")
-    sample.main(["--config", TINY.format("sample"), f"out.dir={args.out}/tiny"])
+    edge = f"adapters.edge.weights={config.load(trained[1], args.overrides).run.dir}"
+    sample.main(["--config", TINY.format("sample"), f"out.dir={args.out}/tiny", edge])
     say(END)
 
 

@@ -1,9 +1,11 @@
 """The web page (gradio, extra `demo`): controls on the left, the picture beside that of the base on the right.
 
 Nothing is fetched from elsewhere: fonts are the system's, telemetry and sharing are off, and a Content-Security-Policy
-makes the browser refuse any other host. The page names no path of the server: it sends pictures, numbers and names.
+makes the browser refuse any other host. What the page sends names no path of the server; the files that
+it gives to download say which weights drew them.
 """
 
+import ipaddress
 import logging
 import os
 import re
@@ -290,6 +292,13 @@ class _Headers:
         await self.app(scope, receive, marked)
 
 
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
+
+
 def serve(studio: Studio, host: str, port: int, *, block: bool = True) -> Any:
     """Serve the page until it is interrupted, or, with `block` off, until `close()` of what is returned.
 
@@ -298,8 +307,8 @@ def serve(studio: Studio, host: str, port: int, *, block: bool = True) -> Any:
     from starlette.middleware import Middleware  # pyright: ignore[reportMissingImports]
     from starlette.middleware.trustedhost import TrustedHostMiddleware  # pyright: ignore[reportMissingImports]
 
-    loopback = host in ("127.0.0.1", "localhost", "::1")
-    hosts = ["127.0.0.1", "localhost", "[::1]", "::1"] if loopback else ["*"]  # no other name may lead here
+    here = ["127.0.0.1", "localhost", "[::1]", "::1"]
+    hosts = [*here, host] if _loopback(host) else ["*"]  # no other name may lead here
     logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks itself whether it is up
     page = build(studio).queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
     page.launch(
@@ -314,6 +323,7 @@ def serve(studio: Studio, host: str, port: int, *, block: bool = True) -> Any:
         max_file_size=pictures.MAX_BYTES,
         state_session_capacity=64,
         ssr_mode=False,
+        allowed_paths=[str((studio.folder / "drawn").resolve())],
         pwa=False,
         mcp_server=False,
         enable_monitoring=False,

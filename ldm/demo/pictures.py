@@ -4,6 +4,7 @@ import base64
 import binascii
 import hashlib
 import io
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -12,12 +13,14 @@ from PIL import Image, ImageOps
 
 from ldm.data.errors import DataError
 from ldm.data.reading import image_size, read_image
+from ldm.sampling.output import write_file
 
 MAX_BYTES: Final = 8 * 2**20  # of a file
 MAX_SIDE: Final = 4096  # pixels; read from the header, before anything is unpacked
 SIDE: Final = 512  # the longer side of what is kept
 KEPT: Final = 400  # files in a folder; the oldest go first
 DATA_URL: Final = "data:image/png;base64,"
+_KEEPING = threading.Lock()  # visitors may bring the same picture at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +93,14 @@ def data_url(data: bytes) -> str:
 
 def keep(folder: Path, data: bytes, *, most: int = KEPT) -> Path:
     """Write a PNG under the sha256 of its content, and drop the oldest beyond `most`, with what lies beside them."""
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{hashlib.sha256(data).hexdigest()[:16]}.png"
-    file.write_bytes(data)
-    ours = [path for path in folder.glob("*.png") if len(path.stem) == len(file.stem)]
-    for path in sorted(ours, key=lambda path: path.stat().st_mtime_ns)[:-most]:
-        path.unlink(missing_ok=True)
-        path.with_suffix(".yaml").unlink(missing_ok=True)
+    with _KEEPING:
+        if file.exists():
+            file.touch()
+        else:
+            write_file(file, data)
+        ours = [path for path in folder.glob("*.png") if len(path.stem) == len(file.stem)]
+        for path in sorted(ours, key=lambda path: path.stat().st_mtime_ns)[:-most]:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".yaml").unlink(missing_ok=True)
     return file
