@@ -16,7 +16,7 @@ TINY := configs/train/tiny
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo page test test-all test-faults test-browser fmt docs lint types smoke check clean
+.PHONY: help setup demo page test test-ranks test-all test-faults test-browser fmt docs lint types smoke check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r name text; do \
@@ -49,10 +49,13 @@ page: $(PAGE) ## the web page, on this machine only (ARGS=... are passed to scri
 	$(PY) scripts/demo.py $(ARGS)
 
 test: setup ## fast tests on the CPU, without network, two at a time (ARGS=... is passed to pytest)
-	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(PY) -m pytest -n 2 $(ARGS)
 
-test-all: setup ## the slow tests too, and the GPU ones where there is a GPU
-	$(PY) -m pytest -m 'not network' $(ARGS)
+test-ranks: setup ## trainings in two processes against one
+	$(PY) -m pytest -m 'ranks and not slow' $(ARGS)
+
+test-all: setup ## all of them but the page's: the slow ones, and the GPU ones where there is a GPU
+	$(PY) -m pytest -m 'not network and not browser' $(ARGS)
 
 test-faults: setup ## kill trainings 50 times at random moments and compare what comes out (minutes; FAULT_KILLS=N)
 	$(PY) -m pytest -m slow tests/faults $(ARGS)
@@ -93,7 +96,7 @@ smoke: setup ## every script end to end in .smoke/, a few steps each
 	@echo '== smoke: sample with the weights that ship'
 	@$(PY) scripts/sample.py out.dir=$(SMOKE)/outputs/emoji
 
-check: lint types test ## what has to pass before a commit lands
+check: lint types test test-ranks ## what has to pass before a commit lands
 
 clean: ## remove caches and builds (keeps .venv, runs/, outputs/, data/)
 	@rm -rf .smoke build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -96,6 +96,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.ranks
 def test_two_ranks_give_the_same_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     words = ["--config", "configs/ablation/core/guidance.yaml", "budget=smoke", "validation.items=6", "--out"]

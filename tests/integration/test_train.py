@@ -78,6 +78,7 @@ def test_stop_and_resume_equals_never_stopping_bit_for_bit(what: str, tmp_path: 
         assert torch.equal(x, y)
 
 
+@pytest.mark.ranks
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
     more = ["train.steps=3", "train.batch=4", "device=cpu", "train.ema=null", "train.threads=1"]
     own = {"vae": more, "clip": [*more, "model.clip.image.image_size=16"], "ldm": more, "controlnet": [*more, *WATCHED]}

@@ -30,6 +30,7 @@ def lines(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.ranks
 def test_two_ranks_make_one_cache_and_train_like_one_from_memory(tmp_path: Path) -> None:
     cached = f"stage.cache_dir={tmp_path / 'cache'}"
     memory = start(tmp_path / "memory")

@@ -1,6 +1,6 @@
 """Every adapter trains the same on two ranks as on one, whole (DDP) and in shards (FSDP2): the losses of 20 steps.
 
-All two-rank runs share two processes, since starting those takes longest. Of the adapters, one is in the default run;
+All two-rank runs share two processes, since starting those takes longest. Of the adapters, one is in `make test-ranks`;
 `pytest -m slow -rP tests/integration/test_train_ranks.py` is all of them, and prints how far they are apart.
 """
 
@@ -15,7 +15,7 @@ from ldm import config, registry
 from ldm.training import run
 from tests.ranks import ROOT, launch_two_ranks
 
-pytestmark = pytest.mark.xdist_group("ranks")  # one process makes what the module's tests share
+pytestmark = pytest.mark.ranks
 
 LDM = str(ROOT / "configs" / "train" / "tiny" / "ldm.yaml")
 SMALL = ["device=cpu", "train.threads=1", "train.precision=fp32", "train.steps=20", "train.batch=4", "train.lr=1e-3"]

@@ -18,7 +18,7 @@ from ldm.registry import ConfigError
 from ldm.training import checkpoint, run
 from tests.ranks import launch_two_ranks
 
-pytestmark = pytest.mark.xdist_group("sharded")  # one process makes what the module's tests share
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "configs" / "train" / "tiny"
