@@ -6,13 +6,11 @@ YAML names registered classes only (`ldm.registry`); nothing is imported, evalua
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import functools
 import math
-import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -372,20 +370,3 @@ def _unknown_key(error: ConfigKeyError, source: str) -> str:
     owner = error.object_type if dataclasses.is_dataclass(error.object_type) else RunConfig
     known = [f.name for f in dataclasses.fields(owner)]  # pyright: ignore[reportArgumentType]
     return f"{source}: unknown key {full!r}; keys here: {', '.join(known)}{suggest(full.rpartition('.')[2], known)}"
-
-
-@contextlib.contextmanager
-def user_errors() -> Generator[None]:
-    """Around a script: what the user can mend becomes one line on stderr and exit code 2 instead of a traceback.
-
-    Those are ValueErrors (ConfigError and DataError among them) and what the file system says (full disk, no rights).
-    Ctrl-C is one line too, and exit code 130, as shells have it.
-    """
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; what was complete is kept: a training goes on when started again as before\n")
-        raise SystemExit(130) from None

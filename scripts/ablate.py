@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import config
+from ldm import console
 from ldm.registry import ConfigError
 
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--dry-run", action="store_true", help="build every row without memory, say what is to do, stop"
     )
     args = parser.parse_intermixed_args(argv)
-    with config.user_errors():
+    with console.user_errors():
         import adapters  # noqa: F401  registers them; slow to import, not needed for --help
         from ldm.ablation import commands
         from ldm.training.signals import EXIT_CODE, Stopped

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import config
+from ldm import console
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder to write (default: docs; nothing at tiny scale)")
     parser.add_argument("--peak-of", choices=["ours", "theirs"], help="print one side's peak memory, nothing else")
     args = parser.parse_args(argv)
-    with config.user_errors():
+    with console.user_errors():
         import torch
 
         from scripts.benchmarks import run

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import config
+from ldm import console
 
 LIST = Path(__file__).resolve().parents[1] / "checkpoints" / "weights.yaml"
 PATH, OUT = {"type": Path, "help": "file or folder"}, {"type": Path, "required": True, "help": "what to write"}
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         [command.add_argument(flag, **how) for flag, how in arguments.items()]
     args = parser.parse_args(argv)
     options = {k: v for k, v in vars(args).items() if k != "command"}
-    with config.user_errors():
+    with console.user_errors():
         import adapters  # noqa: F401  (torch is slow to import, and not needed for --help)
         from ldm.convert import fetch, model
         from ldm.training import checkpoint

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import config, explain
+from ldm import config, console, explain
 from ldm.registry import ConfigError
 
 DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "sample" / "emoji" / "demo.yaml"
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=7860, help="port to listen on")
     parser.add_argument("--out", default="outputs/demo", metavar="DIR", help="where pictures go, uploaded ones too")
     args = parser.parse_intermixed_args(argv)
-    with config.user_errors():
+    with console.user_errors():
         path = args.config or DEFAULT
         cfg = config.load(path, args.overrides)
         if (text := explain.asked(args, cfg, path, args.overrides)) is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import config
+from ldm import console
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", metavar="FILE", type=Path, default=DOCS / "config.md", help="file to write")
     args = parser.parse_args(argv)
-    with config.user_errors():
+    with console.user_errors():
         import adapters  # noqa: F401  registers them; slow to import, not needed for --help
         from ldm import reference
 

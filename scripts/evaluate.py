@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import config, explain
+from ldm import config, console, explain
 from ldm.registry import ConfigError
 
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", metavar="FOLDER", help="measure the pictures of this folder, draw nothing")
     parser.add_argument("--reference", metavar="FOLDER", help="with --images: folder of real pictures")
     args = parser.parse_intermixed_args(argv)
-    with config.user_errors():
+    with console.user_errors():
         if args.run is not None:
             if args.config is not None or args.images is not None:
                 raise ConfigError(f"--run is {args.run}, which stands alone; drop --config and --images")

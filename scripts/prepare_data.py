@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import config, registry
+from ldm import config, console, registry
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run; bad input is one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse(argv)
-    with config.user_errors():
+    with console.user_errors():
         import adapters  # noqa: F401  registers the hint extractors; slow to import, not needed for --help
         from ldm.data import check, emoji, preview
 

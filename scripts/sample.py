@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import config, explain
+from ldm import config, console, explain
 from ldm.registry import ConfigError
 
 DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "sample" / "emoji" / "ldm.yaml"
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", metavar="RUN", help="a training run's folder: its config and newest checkpoint")
     parser.add_argument("--from", dest="picture", metavar="PNG", help="draw this picture again, as it says itself")
     args = parser.parse_intermixed_args(argv)
-    with config.user_errors():
+    with console.user_errors():
         if sum(map(bool, (args.run, args.config, args.picture))) > 1:
             raise ConfigError("--run, --config and --from exclude each other; give one, and key=value for the rest")
         if args.picture:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm import config, explain
+from ldm import config, console, explain
 from ldm.registry import ConfigError
 
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run with command-line arguments. Exits with code 2 and one line on bad input, 75 where it was asked to stop."""
     parser = config.parser(__doc__ or "")
     args = parser.parse_intermixed_args(argv)
-    with config.user_errors():
+    with console.user_errors():
         if args.config is None:
             raise ConfigError("--config is missing; e.g. --config configs/train/tiny/ldm.yaml")
         cfg = config.load(args.config, args.overrides)

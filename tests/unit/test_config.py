@@ -292,12 +292,6 @@ def test_parser_offers_what_every_script_shares() -> None:
     assert args.overrides == ["train.steps=3", "seed=1"]
 
 
-def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped, config.user_errors():
-        raise KeyboardInterrupt
-    assert stopped.value.code == 130 and capsys.readouterr().err.startswith("interrupted; ")
-
-
 def test_a_name_in_place_of_a_node_says_how_to_write_it() -> None:
     with pytest.raises(ConfigError, match=r"sample.sampler is 'euler', .* e.g. sample.sampler.name=euler"):
         config.load(TINY / "ldm.yaml", ["sample.sampler=euler"])
