@@ -42,7 +42,8 @@ class EntryOptions:
             bucket likewise: as small as covers it, then cut.
         oversize: the shorter side is first resized to oversize * size, which gives random crops room; at least 1.
         flip: mirror half of the samples when augmenting; mind captions that say left or right.
-        max_bad: share of unreadable images that is skipped and counted; more than that is an error.
+        max_bad: share of unreadable images that is skipped and counted (each data worker counts those it met); more
+            than that is an error.
         memory: keep the resized images in memory as 8 bit after the first read.
     """
 
