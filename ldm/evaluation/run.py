@@ -50,10 +50,6 @@ def evaluate(config: RunConfig) -> Evaluation:
     """
     if config.grid:
         raise ConfigError(f"grid has {', '.join(config.grid)}, but only sample.py sweeps; drop it for evaluation.arms")
-    if config.evaluation.captions == "next" and min(config.sample.batch, config.validation.items) < 2:
-        raise ConfigError(
-            "evaluation.captions is next, but sample.batch or validation.items is 1: an item has no neighbour"
-        )
     with distributed.session(config.device, config.train.threads) as rank:
         torch.manual_seed(config.seed)  # of what has no weights, an untrained backbone say: as it was in training
         stage = build.stage(config)
@@ -63,7 +59,7 @@ def evaluate(config: RunConfig) -> Evaluation:
         build.frozen(stage).to(rank.device)
         stage.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch's stub lacks it)
         data = build.data(config.validation.data, "validation.data")
-        _check_items(measured, len(spread(data, config.validation.items)))
+        _check_items(measured, data, config)
         out = output(Path(config.run.dir) / "eval")
         truths = real_features(measured, data, config, rank) if measured else {}
         with autocast(config.train.precision, rank.device):
@@ -90,10 +86,7 @@ def check(config: RunConfig) -> None:
     """
     with torch.device("meta"):
         stage = build.stage(config)
-    _check_items(
-        _plan(stage, config),
-        len(spread(build.data(config.validation.data, "validation.data"), config.validation.items)),
-    )
+    _check_items(_plan(stage, config), build.data(config.validation.data, "validation.data"), config)
 
 
 def _plan(stage: Stage, config: RunConfig) -> Plan | None:
@@ -107,9 +100,15 @@ def _plan(stage: Stage, config: RunConfig) -> Plan | None:
     return None
 
 
-def _check_items(measured: Plan | None, items: int) -> None:
+def _check_items(measured: Plan | None, data: ImageData, config: RunConfig) -> None:
+    items, batch = len(spread(data, config.validation.items)), config.sample.batch
     for measure in measured.sets.values() if measured else ():
         measure.check(items, "validation.data (at most validation.items)")
+    if config.evaluation.captions == "next" and 1 in (batch, items % batch):
+        raise ConfigError(
+            f"evaluation.captions is next, but of {items} items in batches of sample.batch={batch} one has no next; "
+            "change validation.items or the batch"
+        )
 
 
 def real_features(measured: Plan, data: ImageData, config: RunConfig, rank: Rank) -> dict[str, Truth]:

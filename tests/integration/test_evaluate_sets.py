@@ -118,10 +118,11 @@ def test_a_check_before_training_needs_no_weights_of_the_run(tmp_path: Path) -> 
             "evaluation.measures.edge=psnr",
             "edge is psnr, which reads the picture: set evaluation.pictures",
         ),
-        ("controlnet", "evaluation.pictures=[psnr, psnr]", "evaluation.pictures has psnr twice"),
+        ("controlnet", "evaluation.pictures=[psnr,psnr]", "evaluation.pictures has psnr twice"),
+        ("controlnet", "sample.batch=3 evaluation.captions=next", "of 4 items in batches of sample.batch=3 one"),
         ("controlnet", "evaluation.sets.judge=frechet", "evaluation.sets.judge is 'frechet', must be a mapping"),
     ],
 )
 def test_what_does_not_fit_a_stage_is_one_line(name: str, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        run.check(config.load(TINY / f"{name}.yaml", [*SIZE, HELD_OUT, override]))
+        run.check(config.load(TINY / f"{name}.yaml", [*SIZE, HELD_OUT, *override.split()]))
