@@ -5,14 +5,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ldm.ablation.result import Result
+from ldm.ablation.result import Result, same
 from ldm.ablation.table import Table
+from ldm.evaluation.arms import BASE
 
 
 def draw(table: Table, found: Sequence[Result], file: Path) -> None:
     """One panel per measure: every run a dot, the means of the rows joined where rows are steps of one number.
 
-    A table with a `curve` gets a panel of its course. Does nothing without matplotlib.
+    A dashed line is the base without adapters. A table with a `curve` gets a panel of its course. Does nothing
+    without matplotlib.
     """
     if find_spec("matplotlib") is None:
         return
@@ -44,6 +46,8 @@ def _dots(panel: Any, table: Table, found: Sequence[Result], measure: str) -> No
         values = [r.figures[measure].mean for r in found if r.row == row]
         means.append(sum(values) / len(values))
         panel.plot([places[row]] * len(values), values, "o", color="C0", markersize=4, alpha=0.6)
+    if base := same(found, measure, BASE):
+        panel.axhline(sum(base.values()) / len(base), color="0.6", linewidth=1, linestyle="--")
     panel.plot([places[row] for row in rows], means, "-" if numbers else "_", color="C1", markersize=18)
     panel.set_ylabel(measure.replace("_", " "))
     if numbers:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from ldm.ablation import plots
-from ldm.ablation.result import Result
+from ldm.ablation.result import BESIDE, Result, same
 from ldm.ablation.table import Claim, Row, Table, parse_claim
-from ldm.evaluation.arms import CEILING, CHANCE
+from ldm.evaluation.arms import BASE, CEILING, CHANCE
 from ldm.evaluation.intervals import Interval
 from ldm.registry import ConfigError
 
@@ -24,7 +24,8 @@ T: Final = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
-COLUMNS: Final = ("row", "seed", "measure", "arm", "mean", "low", "high", "items", "config", "train_s", "measure_s")
+FIGURES: Final = ("mean", "low", "high")
+COLUMNS: Final = ("row", "seed", "measure", "arm", *FIGURES, *BESIDE, "items", "config", "train_s", "measure_s")
 
 
 def of(table: Table, row: str, seed: int, record: Mapping[str, Any], course: Sequence[tuple[int, float]]) -> Result:
@@ -34,6 +35,7 @@ def of(table: Table, row: str, seed: int, record: Mapping[str, Any], course: Seq
     drawn = [name for rows in flat.values() for name in rows if name not in (CEILING, CHANCE)]
     arm = table.file.arm or (drawn[-1] if drawn else "")
     figures: dict[str, Interval] = {}
+    beside = {n: {a: flat[n][a]["mean"] for a in BESIDE if a in flat[n]} for n in table.measures if n in flat}
     for name in table.measures:
         if name == STEEPEST and course:
             figures[name] = _point(steepest(course))
@@ -44,7 +46,7 @@ def of(table: Table, row: str, seed: int, record: Mapping[str, Any], course: Seq
         else:
             known = ", ".join([*record["figures"], *(f"{n} of {a}" for n, rows in flat.items() for a in rows)])
             raise ConfigError(f"{table.name}: row {row!r} has no figure {name!r} of arm {arm!r}; there are {known}")
-    return Result(row, seed, arm, figures, int(record.get("items", 0)), course=course)
+    return Result(row, seed, arm, figures, int(record.get("items", 0)), course=course, beside=beside)
 
 
 def _interval(node: Mapping[str, float | None]) -> Interval:
@@ -107,7 +109,8 @@ def verdict(claim: Claim, found: Sequence[Result]) -> tuple[str, Interval | None
     def side(name: str | float) -> dict[int, float] | float:
         if not isinstance(name, str):
             return name
-        return {r.seed: r.figures[measure].mean for r in found if r.row == name and measure in r.figures}
+        rows = {r.seed: r.figures[measure].mean for r in found if r.row == name and measure in r.figures}
+        return rows or (same(found, measure, BASE) if name == BASE else rows)
 
     a, b = side(greater), side(smaller)
     seeds = sorted({r.seed for r in found})
@@ -138,7 +141,8 @@ def as_csv(found: Sequence[Result]) -> str:
         times = (r.seconds.get("train", 0.0), r.seconds.get("measure", 0.0))
         for name, f in r.figures.items():
             numbers = (f"{x:.6g}" for x in (f.mean, f.low, f.high))
-            writer.writerow((r.row, r.seed, name, r.arm, *numbers, r.items, r.config, *times))
+            others = (f"{x:.6g}" if (x := r.beside.get(name, {}).get(arm)) is not None else "" for arm in BESIDE)
+            writer.writerow((r.row, r.seed, name, r.arm, *numbers, *others, r.items, r.config, *times))
     return text.getvalue()
 
 
@@ -149,8 +153,10 @@ def from_csv(text: str) -> list[Result]:
         key = line["row"], int(line["seed"])
         seconds = {"train": float(line["train_s"]), "measure": float(line["measure_s"])}
         before = found.get(key) or Result(*key, line["arm"], {}, int(line["items"]), line["config"], seconds)
-        figure = Interval(*(float(line[name]) for name in ("mean", "low", "high")))
-        found[key] = dataclasses.replace(before, figures={**before.figures, line["measure"]: figure})
+        figure = Interval(*(float(line[name]) for name in FIGURES))
+        others = {arm: float(line[arm]) for arm in BESIDE if line[arm]}
+        beside = {**before.beside, line["measure"]: others} if others else before.beside
+        found[key] = dataclasses.replace(before, figures={**before.figures, line["measure"]: figure}, beside=beside)
     return list(found.values())
 
 
@@ -163,6 +169,11 @@ def markdown(table: Table, found: Sequence[Result]) -> str:
         if runs:
             cells = [_cell([r.figures[name] for r in runs]) for name in table.measures]
             lines.append([row.name, *cells, str(len(runs))])
+    for arm, title in BESIDE.items():
+        values = [same(found, name, arm) for name in table.measures]
+        if any(values):
+            cells = [_cell([_point(x) for x in each.values()]) if each else "" for each in values]
+            lines.append([f"*{title}*", *cells, str(max(len(each) for each in values))])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     claims = "\n".join(f"- {line}" for line in _claims(table, found))
     return f"{text}\n\n{claims}" if claims else text
@@ -174,6 +185,8 @@ def _cell(figures: Sequence[Interval]) -> str:
         one = figures[0]
         return f"{one.mean:.4g}" if one.low == one.high else f"{one.mean:.4g} [{one.low:.4g}, {one.high:.4g}]"
     all_ = over_seeds([f.mean for f in figures])
+    if all_.low == all_.high:
+        return f"{all_.mean:.4g}"
     return f"{all_.mean:.4g} ± {all_.high - all_.mean:.2g}"
 
 

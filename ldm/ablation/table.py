@@ -54,8 +54,8 @@ class TableFile:
             table's.
         rows: name -> dotted key -> value.
         grid: dotted key -> values.
-        expect: what the paper's answer means for the figures: "A > B", where A and B are rows or numbers, with
-            "measure: " before it where that is not the first.
+        expect: what the paper's answer means for the figures: "A > B", where A and B are rows, numbers or "base" (no
+            adapter), with "measure: " before it where that is not the first.
         arm: which arm of the evaluation is read; null = the last.
         curve: a measure that validation draws while training; its course is kept, and its steepest part a figure.
     """
@@ -222,7 +222,7 @@ def parse_claim(text: str, table: Table) -> Claim:
 
 
 def _side(side: str, known: Sequence[str], table: str) -> str | float:
-    if side in known:
+    if side in (*known, arms.BASE):
         return side
     try:
         return float(side)

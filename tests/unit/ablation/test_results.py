@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ldm.ablation import compare, report, results, table
-from ldm.ablation.result import Result
+from ldm.ablation.result import Result, same
 from ldm.evaluation.intervals import Interval
 from ldm.registry import ConfigError
 
@@ -48,6 +48,17 @@ def test_verdict_against_a_number_and_without_runs() -> None:
 )
 def test_steepest_tenth_tells_a_jump_from_a_slope(values: list[float], share: float) -> None:
     assert results.steepest([(10 * i, v) for i, v in enumerate(values)]) == pytest.approx(share)
+
+
+def beside(runs: list[Result], *values: float) -> list[Result]:
+    return [dataclasses.replace(r, beside={"m": {"base": v}}) for r, v in zip(runs, values, strict=True)]
+
+
+def test_base_is_what_stands_beside_every_row_or_nothing() -> None:
+    found = beside(runs("a", 0.5, 0.6, 0.7), 0.4, 0.5, 0.6) + beside(runs("b", 0.4, 0.5, 0.6), 0.4, 0.5, 0.6)
+    assert results.verdict(("m", "a", "base"), found)[0] == "agrees"
+    assert same(results.from_csv(results.as_csv(found)), "m", "base") == {0: 0.4, 1: 0.5, 2: 0.6}
+    assert same(beside(runs("a", 0.5), 0.4) + beside(runs("b", 0.5), 0.3), "m", "base") == {}  # rows draw it otherwise
 
 
 def test_csv_reads_back() -> None:
