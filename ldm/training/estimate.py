@@ -23,7 +23,7 @@ from ldm.config import RunConfig
 from ldm.data.images import ImageData, Sample, collate
 from ldm.precision import DTYPES, autocast
 from ldm.registry import ConfigError
-from ldm.training import cache, clip, diffusion, loop, optim, stream, vae  # noqa: F401  (stages register on import)
+from ldm.training import cache, clip, diffusion, loop, optim, shards, stream, vae  # noqa: F401  (stages register on import)
 from ldm.training.cache_folder import PART
 from ldm.training.distributed import Rank, pick_device
 from ldm.training.ema import EMA
@@ -72,7 +72,20 @@ def dry_run(config: RunConfig) -> str:
     lines.append("on top: python and its libraries, workspace of the kernels, the allocator's reserve, validation")
     if peaks["encoding"].total and _length(config) is None:
         lines.append("and the encoded data set (stage.cache), whose size is not known: the data is not there")
+    lines += _in_shards(config, stage)
     return "\n".join([optim.table(nn.ModuleDict(networks(stage))), "", title, *lines])
+
+
+def _in_shards(config: RunConfig, stage: Stage) -> list[str]:
+    """What of the table several ranks share out."""
+    if config.train.shard == "none":
+        return []
+    shared, unit, rest = (f"{size / MIB:,.0f}" for size in shards.sizes(stage, config.train.shard))
+    whole = "all of them" if config.train.shard == "optimizer" else f"{rest} MiB of them and one unit of at most {unit}"
+    return [
+        f"the table is one rank that holds all; with train.shard={config.train.shard} each of N ranks has 1/N of "
+        f"{shared} MiB of weights, and of gradients, optimizer and ema; whole during a step are {whole}"
+    ]
 
 
 def meta_stage(config: RunConfig) -> Stage:

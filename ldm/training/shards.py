@@ -45,7 +45,7 @@ def shard(stage: Stage, how: str, rank: Rank) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    ours = {p for p in stage.trained.parameters() if how == "full" or p.requires_grad}
+    ours = _ours(stage, how)
     for tensor in itertools.chain(stage.parameters(), stage.buffers()):
         same = tensor.detach().contiguous()
         dist.broadcast(same, src=0)
@@ -60,6 +60,22 @@ def shard(stage: Stage, how: str, rank: Rank) -> None:
         if not ours.isdisjoint(unit.parameters()):
             fully_shard(unit, reshard_after_forward=how == "full", **options)
     fully_shard(stage, reshard_after_forward=False, **options)  # the rest is needed at once by the backward pass
+
+
+def sizes(stage: Stage, how: str) -> tuple[int, int, int]:
+    """Bytes of the weights that ranks share, of the largest unit that is gathered together, and of those in no unit.
+
+    Raises: ConfigError as `shard`.
+    """
+    _refuse(stage, how)
+    ours = _ours(stage, how)
+    units = [sum(p.nbytes for p in unit.parameters() if p in ours) for unit in _units(stage.trained)]
+    total = sum(p.nbytes for p in ours)
+    return total, max(units, default=0), total - sum(units)
+
+
+def _ours(stage: Stage, how: str) -> set[nn.Parameter]:
+    return {p for p in stage.trained.parameters() if how == "full" or p.requires_grad}
 
 
 def _refuse(stage: Stage, how: str) -> None:

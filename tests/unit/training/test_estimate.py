@@ -17,7 +17,7 @@ from ldm.config import RunConfig
 from ldm.data.errors import DataError
 from ldm.data.images import Sample
 from ldm.registry import ConfigError
-from ldm.training import estimate, loop, optim, run
+from ldm.training import estimate, loop, optim, run, shards
 from ldm.training.distributed import Rank
 from ldm.training.estimate import Memory
 from ldm.training.stage import networks
@@ -244,6 +244,18 @@ def test_dry_run_prints_counts_and_memory(capsys: pytest.CaptureFixture[str], tm
     for row in ("weights", "gradients", "optimizer", "ema", "data", "activations", "total"):
         assert f"\n{row} " in out
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_says_what_ranks_share(capsys: pytest.CaptureFixture[str]) -> None:
+    train.main(["--config", str(TINY / "controlnet.yaml"), "--dry-run", "train.shard=full"])
+    said = capsys.readouterr().out
+    stage = estimate.meta_stage(config.load(TINY / "controlnet.yaml"))
+    trained = sum(p.nbytes for p in stage.parameters() if p.requires_grad)
+    frozen = sum(p.nbytes for p in stage.trained.parameters() if not p.requires_grad)
+    assert f"each of N ranks has 1/N of {(trained + frozen) / 2**20:,.0f} MiB of weights" in said
+    assert shards.sizes(stage, "optimizer")[0] == trained
+    total, unit, rest = shards.sizes(stage, "full")
+    assert total == trained + frozen and 0 < unit < total and 0 < rest < total
 
 
 def test_encoded_data_that_is_not_there_is_said_to_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
