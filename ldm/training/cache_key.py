@@ -54,14 +54,19 @@ def content(data: ImageData) -> dict[str, str]:
 
 def weights(module: nn.Module) -> str:
     """Sha256 of a network's configs, and of its weights as they are stored now."""
-    total = hashlib.sha256()
-    for part in module.modules():
-        if dataclasses.is_dataclass(own := getattr(part, "config", None)):
-            total.update(repr(own).encode())
-    for name, tensor in module.state_dict().items():
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
+    configs = [own for part in module.modules() if dataclasses.is_dataclass(own := getattr(part, "config", None))]
+    return _tensors(module.state_dict().items(), *map(repr, configs))
+
+
+def frozen(networks: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Name -> sha256 of the weights that take no gradient, of the networks that have such."""
+    held = {n: [(k, p) for k, p in module.named_parameters() if not p.requires_grad] for n, module in networks.items()}
+    return {name: _tensors(found) for name, found in held.items() if found}
+
+
+def outline(data: ImageData) -> str:
+    """Sum over a data set's captions and the names and sizes of its files: cheap, and the same wherever it lies."""
+    return _words([*data.table(), _files(data.files(), read=False)])
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, str]) -> list[str]:
@@ -81,7 +86,16 @@ def _words(lines: Iterable[str]) -> str:
     return total.hexdigest()
 
 
-def _files(paths: Sequence[Path]) -> str:
+def _tensors(named: Iterable[tuple[str, torch.Tensor]], *words: str) -> str:
+    total = hashlib.sha256("".join(words).encode())
+    for name, tensor in named:
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _files(paths: Sequence[Path], *, read: bool = True) -> str:
+    """Sum over names, sizes and, with `read`, the bytes or times of change."""
     if not paths:
         return "none"
     stats = [path.stat() for path in paths]
@@ -90,6 +104,8 @@ def _files(paths: Sequence[Path]) -> str:
     total = hashlib.sha256()
     for path, stat in zip(paths, stats, strict=True):
         total.update(f"{os.path.relpath(path.absolute(), base)}\0{stat.st_size}\0".encode(errors="surrogateescape"))
+        if not read:
+            continue
         if small:
             with path.open("rb") as file:
                 total.update(hashlib.file_digest(file, "sha256").digest())

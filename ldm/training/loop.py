@@ -22,7 +22,7 @@ from ldm.data.images import ImageData
 from ldm.evaluation.adherence import Judges, adherence, judges
 from ldm.precision import DTYPES, autocast
 from ldm.registry import ConfigError
-from ldm.training import checkpoint, optim, shards, stream
+from ldm.training import cache_key, checkpoint, optim, shards, stream
 from ldm.training import state as state_module
 from ldm.training.distributed import Rank, in_shards, whole, wrap
 from ldm.training.draws import Draws, generator
@@ -81,6 +81,8 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
                     progress.set_postfix({k: f"{values[k]:.4g}" for k in ("loss", "images_per_s") if k in values})
             paused = time.perf_counter()
             stopping = rank.any(bool(asked.name)) and state.step < config.train.steps
+            if stopping and state.window:
+                _read_window(state, folder, config, rank)  # bad steps are counted and noted before the state is kept
             if stopping or _due(state, config.checkpoint.every, config):
                 state_module.save(config, stage, state, folder, rank)
             if stopping:
@@ -113,6 +115,7 @@ def _start(config: RunConfig, stage: Stage, data: ImageData, run: Path, rank: Ra
     log.info("%s", optim.table(nn.ModuleDict(networks(stage))))
     if folder is None and config.train.init_from:
         _init_from(stage, Path(config.train.init_from))
+    inputs = rank.told(_inputs(stage, data) if rank.main else {})
     store_frozen(stage, DTYPES[config.train.precision])
     shards.shard(stage, config.train.shard, rank)
     parameters = {
@@ -126,6 +129,7 @@ def _start(config: RunConfig, stage: Stage, data: ImageData, run: Path, rank: Ra
         ema=EMA(stage.trained, config.train.ema) if config.train.ema else None,
         scaler=torch.amp.GradScaler(rank.device.type, enabled=fp16),
         samples={size: len(indices) for size, indices in stream.groups(data).items()},
+        inputs=inputs,
     )
     if folder is not None:
         state_module.restore(state, stage, config, folder)
@@ -133,6 +137,13 @@ def _start(config: RunConfig, stage: Stage, data: ImageData, run: Path, rank: Ra
     if state.step >= config.train.steps:
         log.info("%s is at step %d of %d: nothing is left to train", run, state.step, config.train.steps)
     return state
+
+
+def _inputs(stage: Stage, data: ImageData) -> dict[str, str]:
+    """Sums that tell whether a resumed run has the frozen weights and the data that it had."""
+    return {f"the frozen {name}": total for name, total in cache_key.frozen(networks(stage)).items()} | {
+        "the data (captions, names and sizes of files)": cache_key.outline(data)
+    }
 
 
 def _init_from(stage: Stage, path: Path) -> None:

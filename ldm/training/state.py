@@ -47,6 +47,7 @@ class State:
     skipped: int = 0  # steps whose gradients were not finite
     skipped_in_a_row: int = 0
     samples: dict[str, int] = field(default_factory=dict)  # of the data set: how many of each size
+    inputs: dict[str, str] = field(default_factory=dict)  # frozen networks and data: sums that tell others
     window: list[dict[str, Tensor]] = field(default_factory=list)  # scalars since the last log line, on the device
     keys: list[list[str]] = field(default_factory=list)  # sample keys of the same steps
 
@@ -92,9 +93,11 @@ def _training(config: RunConfig, stage: Stage, state: State) -> dict[str, Any]:
     return {
         "step": state.step,
         "skipped": state.skipped,
+        "skipped_in_a_row": state.skipped_in_a_row,
         "config": config_module.plain(config),
         "cwd": os.getcwd(),  # of the config's paths
         "samples": state.samples,
+        "inputs": state.inputs,
         "names": {player: list(ps) for player, ps in state.parameters.items()},
         "parameters": {player: [p.detach() for p in ps.values()] for player, ps in state.parameters.items()},
         "buffers": _buffers(stage),
@@ -132,6 +135,7 @@ def restore(state: State, stage: Stage, config: RunConfig, folder: Path) -> None
     if saved["scaler"]:  # empty unless that run was fp16
         state.scaler.load_state_dict(saved["scaler"])
     state.step, state.skipped = saved["step"], saved["skipped"]
+    state.skipped_in_a_row = saved.get("skipped_in_a_row", 0)
 
 
 def _check_config(saved: Mapping[str, Any], state: State, config: RunConfig, folder: Path) -> None:
@@ -141,6 +145,10 @@ def _check_config(saved: Mapping[str, Any], state: State, config: RunConfig, fol
     for size in sorted({size for size, _ in had.items() ^ state.samples.items()}):
         what = f"data with samples of {size}" if size else "data with samples"
         changes[f"data {size}"] = f"{what}={had.get(size, 0)}, not {state.samples.get(size, 0)}"
+    known = saved.get("inputs", {})
+    for name, now in state.inputs.items():
+        if (then := known.get(name, now)) != now:
+            changes[f"content {name}"] = f"another content of {name} ({then[:12]}, not {now[:12]})"
     free = [key for key in FREE if key != "train.steps" or config.train.decay == "constant"]  # decay goes by the steps
     refused = [change for key, change in changes.items() if not _within(key, free)]
     if refused and not config.train.allow_changes:

@@ -219,6 +219,18 @@ def test_what_a_run_may_not_change_while_it_goes_on_is_named(argument: str, mess
         start("vae", tmp_path, *FIRST, "train.steps=2", *argument.split())
 
 
+def test_a_base_that_trained_on_is_another_base(tmp_path: Path) -> None:
+    more = ["train.batch=2", "device=cpu", "train.ema=null"]
+    start("ldm", tmp_path / "base", "train.steps=1", *more)
+    adapter = [*more, f"model.unet.weights={tmp_path / 'base'}"]
+    first = start("controlnet", tmp_path / "adapter", "train.steps=1", *adapter)
+    start("ldm", tmp_path / "base", "train.steps=2", *more)
+    with pytest.raises(ConfigError, match=r"with another content of the frozen unet \("):
+        start("controlnet", tmp_path / "adapter", "train.steps=2", *adapter)
+    assert first.exists()
+    start("controlnet", tmp_path / "adapter", "train.steps=2", *adapter, "train.allow_changes=true")
+
+
 def test_a_run_may_go_on_with_other_steps_rates_and_precision(tmp_path: Path, caplog: Any) -> None:
     start("vae", tmp_path, *FIRST, "train.precision=bf16")
     other = ["train.lr=1e-5", "train.weight_decay=0.5", "train.decay=cosine", "log.every=2", "train.allow_changes=true"]

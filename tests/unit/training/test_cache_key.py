@@ -30,6 +30,18 @@ def test_a_caption_within_a_shard_counts(tmp_path: Path) -> None:
     assert {name for name, value in content(tmp_path).items() if value != before[name]} == {"data files"}
 
 
+def test_an_outline_tells_another_set_but_not_another_place(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    write(tmp_path / "a", "one")
+    named = {"name": "webdataset", "size": 16}
+    before = cache_key.outline(build("data", {**named, "root": str(tmp_path / "a")}))
+    os.utime(tmp_path / "a" / "0.tar", ns=(5, 5))
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert cache_key.outline(build("data", {**named, "root": str(tmp_path / "b")})) == before
+    write(tmp_path / "b", 3000 * "longer ")
+    assert cache_key.outline(build("data", {**named, "root": str(tmp_path / "b")})) != before
+
+
 def test_files_of_a_large_set_count_by_size_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "one")
     small = content(tmp_path)

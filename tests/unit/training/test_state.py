@@ -7,7 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.config import RunConfig, from_mapping
+from ldm.config import RunConfig, from_mapping, plain
 from ldm.registry import ConfigError
 from ldm.training import state
 from ldm.training.state import State
@@ -19,7 +19,13 @@ BEGUN: dict[str, Any] = {
 }
 
 
-def check(changes: dict[str, Any], samples: int = 10, allow: bool = False, saved: dict[str, Any] | None = None) -> None:
+def check(
+    changes: dict[str, Any],
+    samples: int = 10,
+    allow: bool = False,
+    saved: dict[str, Any] | None = None,
+    inputs: dict[str, str] | None = None,
+) -> None:
     """Go on with the run of BEGUN under these changes."""
     old, new = OmegaConf.create(BEGUN), OmegaConf.create(BEGUN)
     for key, value in changes.items():
@@ -28,8 +34,8 @@ def check(changes: dict[str, Any], samples: int = 10, allow: bool = False, saved
     if allow:
         OmegaConf.update(new, "train.allow_changes", True)
         config = from_mapping(OmegaConf.to_container(new))  # pyright: ignore[reportArgumentType]
-    had = {"config": state._plain(first), "cwd": str(Path.cwd()), "samples": {"": 10}} | (saved or {})
-    there = State({}, {}, None, torch.amp.GradScaler("cpu", enabled=False), samples={"": samples})
+    had = {"config": plain(first), "cwd": str(Path.cwd()), "samples": {"": 10}} | (saved or {})
+    there = State({}, {}, None, torch.amp.GradScaler("cpu", enabled=False), samples={"": samples}, inputs=inputs or {})
     state._check_config(had, there, config, FOLDER)
 
 
@@ -84,7 +90,7 @@ def test_steps_are_part_of_a_decaying_rate() -> None:
     check({"train.steps": 200})
     begun = from_mapping({**BEGUN, "train": {**BEGUN["train"], "decay": "cosine"}})
     with pytest.raises(ConfigError, match=r"with train\.steps=100, not 200; use"):
-        check({"train.decay": "cosine", "train.steps": 200}, saved={"config": state._plain(begun)})
+        check({"train.decay": "cosine", "train.steps": 200}, saved={"config": plain(begun)})
 
 
 def test_a_data_set_that_grew_is_another_one() -> None:
@@ -111,8 +117,19 @@ def test_paths_are_compared_by_the_file_they_lead_to(tmp_path: Path, monkeypatch
         check({"data.root": "emoji"}, saved=begun)
 
 
+def test_other_content_at_the_same_paths_is_another_run(caplog: pytest.LogCaptureFixture) -> None:
+    saved = {"inputs": {"the frozen unet": 64 * "a", "the data": 64 * "b"}}
+    check({}, saved=saved, inputs={"the frozen unet": 64 * "a", "the frozen vae": 64 * "c"})
+    other = {"the frozen unet": 64 * "d", "the data": 64 * "b"}
+    with pytest.raises(ConfigError, match=r"with another content of the frozen unet \(a{12}, not d{12}\); use"):
+        check({}, saved=saved, inputs=other)
+    with caplog.at_level("INFO"):
+        check({}, saved=saved, inputs=other, allow=True)
+    assert "another content of the frozen unet" in caplog.text
+
+
 def test_checkpoints_from_before_samples_were_counted_go_on() -> None:
-    plain = state._plain(from_mapping(BEGUN))
+    begun = plain(from_mapping(BEGUN))
     there = State({}, {}, None, torch.amp.GradScaler("cpu", enabled=False), samples={"": 3})
-    state._check_config({"config": plain}, there, from_mapping(BEGUN), FOLDER)
+    state._check_config({"config": begun}, there, from_mapping(BEGUN), FOLDER)
     assert RunConfig().train.allow_changes is False
