@@ -31,6 +31,7 @@ from ldm.training.distributed import Rank, is_lost
 
 log = logging.getLogger(__name__)
 MARKER = "COMPLETE"
+TEMPORARY, DAMAGED = ".tmp", ".damaged"  # endings of folders that are no checkpoints: not whole yet, or put aside
 SHARDS = "shards"  # folder of the tensors in shards, where the run had any
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -44,7 +45,7 @@ def save(
     keep: "Keep",
     pieces: "Pieces | None" = None,
 ) -> Path:
-    """Write `run/checkpoints/step-XXXXXXXX/` and then drop the complete ones that `keep` does not name.
+    """Write `run/checkpoints/step-XXXXXXXX/` and then drop the complete ones before it that `keep` does not name.
 
     Called by one process; where there are pieces, by all ranks at once, of which rank 0 writes all else.
 
@@ -60,7 +61,7 @@ def save(
     Raises: ConfigError if the disk is too full or not writable; older checkpoints are untouched.
     """
     target = run / "checkpoints" / f"step-{step:08d}"
-    temporary = target.with_name(target.name + ".tmp")
+    temporary = target.with_name(target.name + TEMPORARY)
     try:
         if pieces is None:
             _make_room(temporary, _bytes([weights, state]))
@@ -87,8 +88,8 @@ def save(
         raise ConfigError(
             f"checkpoint {target} could not be written ({reason(error)}); older ones are intact: make room and retry"
         ) from error
-    for old in keep.dropped(complete(run)):
-        shutil.rmtree(old)
+    for old in keep.dropped([folder for folder in complete(run) if folder.name <= target.name]):
+        _drop(old)
     return target
 
 
@@ -110,6 +111,26 @@ class Keep:
     def dropped(self, found: Sequence[Path]) -> list[Path]:
         """Those of `found`, oldest first, that do not stay."""
         return [old for old in found[: -self.last] if not self.every or _step(old) % self.every]
+
+
+def _drop(folder: Path) -> None:
+    """Remove a checkpoint, which is none from the first moment on; where that fails, the run has a new one and goes on.
+
+    What is left of it goes when the run is started again: see `clear`.
+    """
+    temporary = folder.with_name(folder.name + TEMPORARY)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.replace(folder, temporary)
+        shutil.rmtree(temporary)
+    except OSError as error:
+        log.warning("checkpoint %s, which is not kept, could not be removed (%s): remove it", folder, reason(error))
+
+
+def clear(run: Path) -> None:
+    """Remove what killed saves left of checkpoints; nobody else may be writing any."""
+    for left in (run / "checkpoints").glob(f"step-????????{TEMPORARY}"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _step(folder: Path) -> int:
@@ -200,18 +221,36 @@ def latest(run: Path) -> Path | None:
 
 
 def latest_sound(run: Path) -> Path | None:
-    """Newest complete checkpoint whose files are as they were written, or None; logs each that is passed over.
+    """Newest complete checkpoint whose files are as they were written, or None; those after it are put aside.
 
-    Raises: ConfigError if there are checkpoints and all are damaged.
+    Only for a training that goes on there: a damaged one is renamed, so that it never counts as one to keep.
+
+    Raises: ConfigError if there are checkpoints and all are damaged, which stay as they are.
     """
-    found = complete(run)
-    for folder in reversed(found):
+    passed: dict[Path, str] = {}
+    for folder in reversed(complete(run)):
         if not (wrong := damage(folder)):
+            for old, why in passed.items():
+                _put_aside(old, why)
             return folder
-        log.warning("%s is damaged (%s) and passed over", folder, wrong)
-    if found:
-        raise ConfigError(f"all {len(found)} checkpoints of {run} are damaged; restore one, or use another run.dir")
+        passed[folder] = wrong
+    for folder, wrong in passed.items():
+        log.warning("%s is damaged (%s)", folder, wrong)
+    if passed:
+        raise ConfigError(f"all {len(passed)} checkpoints of {run} are damaged; restore one, or use another run.dir")
     return None
+
+
+def _put_aside(folder: Path, wrong: str) -> None:
+    """Rename a damaged checkpoint, in place of what was put aside of the same step before."""
+    aside = folder.with_name(folder.name + DAMAGED)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+        done = f"is put aside as {aside.name}"
+    except OSError as error:
+        done = f"could not be put aside as {aside.name} ({reason(error)})"
+    log.warning("%s is damaged (%s) and passed over; it %s", folder, wrong, done)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

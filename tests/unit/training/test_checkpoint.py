@@ -98,6 +98,68 @@ def test_only_the_newest_complete_checkpoints_are_kept(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoints" / "step-00000020"
 
 
+def steps(run: Path) -> list[int]:
+    return [int(folder.name[5:]) for folder in checkpoint.complete(run)]
+
+
+def harm(run: Path, step: int) -> None:
+    (run / "checkpoints" / f"step-{step:08d}" / "training.pt").write_bytes(b"")
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [3]), (2, [2, 3])])
+def test_a_damaged_checkpoint_is_put_aside_and_sound_ones_are_kept(
+    keep: int, left: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2, 4):
+        write(tmp_path, step, keep=0)
+    (tmp_path / "checkpoints" / "step-00000004.damaged" / "older").mkdir(parents=True)
+    harm(tmp_path, 4)
+    found = checkpoint.latest_sound(tmp_path)
+    assert found == tmp_path / "checkpoints" / "step-00000002"
+    assert "step-00000004 is damaged (training.pt is not what was written) and passed over; it is put aside as" in (
+        caplog.text
+    )
+    write(tmp_path, 3, keep=keep)
+    assert steps(tmp_path) == left and not any(checkpoint.damage(folder) for folder in checkpoint.complete(tmp_path))
+    aside = content(tmp_path / "checkpoints" / "step-00000004.damaged")
+    assert sorted(aside) == ["COMPLETE", "adapter.safetensors", "model.safetensors", "training.pt"]
+
+
+def test_when_all_are_damaged_they_stay_where_they_are(tmp_path: Path) -> None:
+    for step in (2, 4):
+        write(tmp_path, step)
+        harm(tmp_path, step)
+    with pytest.raises(ConfigError, match="all 2 checkpoints"):
+        checkpoint.latest_sound(tmp_path)
+    assert steps(tmp_path) == [2, 4]
+
+
+def test_what_was_just_saved_is_never_dropped_for_later_ones(tmp_path: Path) -> None:
+    for step in (2, 4):
+        write(tmp_path, step)
+    write(tmp_path, 3, keep=1)
+    assert steps(tmp_path) == [3, 4]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_named_and_counts_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, 5)
+    real = checkpoint.shutil.rmtree
+
+    def torn(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            (path / "model.safetensors").unlink()
+            raise OSError(errno.EIO, "Input/output error")
+        real(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", torn)
+    assert write(tmp_path, 10, keep=1).name == "step-00000010" and steps(tmp_path) == [10]
+    assert "step-00000005, which is not kept, could not be removed ([Errno 5] Input/output error)" in caplog.text
+    checkpoint.clear(tmp_path)
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
+
+
 def test_keep_zero_keeps_all(tmp_path: Path) -> None:
     for step in range(4):
         write(tmp_path, step, keep=0)
