@@ -10,7 +10,6 @@ Parts are mapped, not read: a row that is asked for comes from the disk, or from
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from ldm.convert import files
 from ldm.registry import ConfigError
-from ldm.training import cache_key, checkpoint
+from ldm.training import cache_key, checkpoint, lock
 from ldm.training.distributed import Rank
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,6 @@ PART: Final = 256  # rows that are lost at most, per rank, when a build is kille
 FORMAT: Final = "1"  # goes up when the same key would stand for other numbers
 MANIFEST: Final = "manifest.json"
 INDEX: Final = "index"
-_LOCK: Final = ".lock"
 _NEW: Final = ".new"  # ending of what is not whole yet
 
 
@@ -160,7 +158,8 @@ class Folder:
             log.warning("%s: %s is not what was written; such files are made again", self.path, bad[0].name)
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            busy = f"stage.cache_dir {self.path} is being made by another run; start again when that is done"
+            self._lock = lock.take(self.path, lambda _: busy)
             if self._saved() != saved:  # another run was quicker
                 raise ConfigError(f"stage.cache_dir {self.path} was changed by another run just now; start again")
             for path in (*bad, *self.path.glob(f"*{_NEW}*")):
@@ -175,23 +174,12 @@ class Folder:
             return {"complete": saved["complete"], "key": dict(saved["key"]), "bytes": dict(saved.get("bytes", {}))}
         except (FileNotFoundError, NotADirectoryError):
             there = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
-            if not [name for name in there if name != _LOCK and not name.startswith(MANIFEST)]:
+            if not [name for name in there if name != lock.NAME and not name.startswith(MANIFEST)]:
                 return None
             problem = f"has files but no {MANIFEST}, so it is no cache"
         except (ValueError, KeyError, TypeError, AttributeError):
             problem = f"has a {MANIFEST} that is damaged"
         raise ConfigError(f"stage.cache_dir {self.path} {problem}; choose a new folder")
-
-    def _take_lock(self) -> None:
-        self._lock = (self.path / _LOCK).open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"stage.cache_dir {self.path} is being made by another run; start again when that is done"
-            ) from error
-        except OSError as error:  # file systems without locks
-            log.warning("%s cannot be locked (%s): see that no other run makes it too", self.path, error.strerror)
 
     def _say(self, manifest: dict[str, Any]) -> None:
         self._manifest = manifest

@@ -28,7 +28,7 @@ from ldm.training.distributed import Rank, in_shards, whole, wrap
 from ldm.training.draws import Draws, generator
 from ldm.training.ema import EMA
 from ldm.training.learning import step_figures
-from ldm.training.metrics import Metrics, describe_run, refuse_foreign
+from ldm.training.metrics import Metrics, describe_run
 from ldm.training.moments import BFloat16AdamW
 from ldm.training.signals import Stopped, listening
 from ldm.training.stage import Stage, choose_trainable, networks, store_frozen
@@ -108,8 +108,6 @@ def _start(config: RunConfig, stage: Stage, data: ImageData, run: Path, rank: Ra
             f"train.micro_batch is {config.train.micro_batch}, which splits the batch into {accumulation} parts; "
             "this stage contrasts the samples of a batch: drop micro_batch, lower train.batch or use more ranks"
         )
-    if rank.main:
-        refuse_foreign(run)
     folder = rank.told(checkpoint.latest_sound(run) if rank.main else None)
     choose_trainable(stage, config.train.trainable)
     log.info("%s", optim.table(nn.ModuleDict(networks(stage))))

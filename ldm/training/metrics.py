@@ -1,4 +1,4 @@
-"""Run folder records: metrics.jsonl, its curves, pictures, wandb when switched on."""
+"""The run folder: who has it, and its records: metrics.jsonl, its curves, pictures, wandb when switched on."""
 
 import json
 import logging
@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import torch
 from ldm import config as config_module
 from ldm.config import LogConfig, RunConfig
 from ldm.registry import ConfigError
-from ldm.training import curves
+from ldm.training import checkpoint, curves, lock
+from ldm.training.distributed import Rank
 
 STARTS = "starts.jsonl"
 
@@ -36,12 +39,55 @@ def git_revision() -> str:
 
 
 def refuse_foreign(run: Path) -> None:
-    """Raises: ConfigError if the run folder has files but is no run: they could be written over.
+    """Raises: ConfigError if the run folder is a file, or has files but is no run: they could be written over.
 
     `eval/` alone is welcome: evaluating shipped weights writes it before any training.
     """
-    if run.is_dir() and not (run / STARTS).exists() and any(path.name != "eval" for path in run.iterdir()):
+    if run.exists() and not run.is_dir():
+        raise ConfigError(f"run.dir is {run}, which is a file; name a folder")
+    if run.is_dir() and not (run / STARTS).exists() and any(p.name not in ("eval", lock.NAME) for p in run.iterdir()):
         raise ConfigError(f"run.dir is {run}, which has files but no {STARTS}, so it is no run; name a new folder")
+
+
+@contextmanager
+def held(run: Path, rank: Rank) -> Iterator[None]:
+    """Within, the run folder is this training's alone; what killed saves left in it is removed. All ranks call it.
+
+    A folder that was made for it and in which no run began is removed at the end.
+
+    Raises: ConfigError, on all ranks, if another training has it, it is no run, or it cannot be written.
+    """
+    refused, new, file = "", False, None
+    if rank.main:
+        try:
+            refuse_foreign(run)
+            new = not run.exists()
+            run.mkdir(parents=True, exist_ok=True)
+            end = "wait until that has ended, or name another run.dir"
+            file = lock.take(run, lambda by: f"run.dir {run} is in use by another training (process {by}); {end}")
+            checkpoint.clear(run)
+        except ConfigError as error:
+            refused = str(error)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            refused = f"run.dir {run} could not be written ({reason}): make room, or name a folder that you may write"
+    try:
+        if refused := rank.told(refused):
+            raise ConfigError(refused)
+        yield
+    finally:
+        if file is not None:
+            _leave(run, new)
+            file.close()
+
+
+def _leave(run: Path, new: bool) -> None:
+    """Remove the traces of a training that was refused, while it still has the lock."""
+    with suppress(OSError):
+        if not (run / STARTS).exists():
+            (run / lock.NAME).unlink()
+            if new:
+                run.rmdir()
 
 
 def describe_run(config: RunConfig, run: Path) -> None:

@@ -12,7 +12,7 @@ from ldm.config import RunConfig
 from ldm.data.images import collate
 from ldm.data.subset import Part
 from ldm.registry import ConfigError
-from ldm.training import clip, diffusion, distributed, loop, vae  # noqa: F401  (stages register on import)
+from ldm.training import clip, diffusion, distributed, loop, metrics, vae  # noqa: F401  (stages register on import)
 
 
 @contextmanager
@@ -40,7 +40,11 @@ def train(config: RunConfig) -> Path:
     Raises: ConfigError on anything in the config that does not fit.
     """
     try:
-        with _deterministic(config.deterministic), distributed.session(config.device, config.train.threads) as rank:
+        with (
+            _deterministic(config.deterministic),
+            distributed.session(config.device, config.train.threads) as rank,
+            metrics.held(Path(config.run.dir), rank),
+        ):
             torch.manual_seed(config.seed)  # initial weights; everything later draws from (seed, purpose, position)
             data = build.data(config.data)
             if config.train.items is not None:

@@ -234,8 +234,8 @@ def test_a_complete_cache_is_read_where_nothing_may_be_written(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    for name in ("os.replace", "Path.mkdir", "files.write", "fcntl.flock"):
-        monkeypatch.setattr(f"ldm.training.cache_folder.{name}", refuse)
+    for name in ("cache_folder.os.replace", "cache_folder.Path.mkdir", "cache_folder.files.write", "lock.fcntl.flock"):
+        monkeypatch.setattr(f"ldm.training.{name}", refuse)
     assert batch(cached(stage(tmp_path / "cache"), data(root))).keys
     with pytest.raises(ConfigError, match=r"stage.cache_dir .*new could not be written \(.*Permission denied"):
         cached(stage(tmp_path / "new"), data(root))

@@ -1,4 +1,7 @@
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +11,9 @@ import pytest
 
 from ldm.config import LogConfig, RunConfig
 from ldm.registry import ConfigError
-from ldm.training.metrics import Metrics, describe_run, refuse_foreign
+from ldm.training import lock
+from ldm.training.distributed import ALONE
+from ldm.training.metrics import Metrics, describe_run, held, refuse_foreign
 
 
 def fake_wandb(monkeypatch: pytest.MonkeyPatch, error: str | None = None) -> list[dict[str, Any]]:
@@ -93,3 +98,64 @@ def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
         refuse_foreign(tmp_path)
     describe_run(RunConfig(), tmp_path / "run")
     refuse_foreign(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"config\.yaml, which is a file; name a folder"):
+        refuse_foreign(tmp_path / "config.yaml")
+
+
+def test_a_run_folder_is_one_trainings_at_a_time_and_what_killed_saves_left_goes(tmp_path: Path) -> None:
+    left = tmp_path / "checkpoints" / "step-00000005.tmp"
+    left.mkdir(parents=True)
+    describe_run(RunConfig(), tmp_path)
+    for _ in range(2):  # one after the other
+        with held(tmp_path, ALONE):
+            assert not left.exists()
+            left.mkdir()
+            with (
+                pytest.raises(ConfigError, match=rf"in use by another training \(process {os.getpid()}\); wait"),
+                held(tmp_path, ALONE),
+            ):
+                pass
+            assert left.exists()  # of the live one
+
+
+HOLDER = """
+import sys, time
+from multiprocessing import get_context
+from pathlib import Path
+from ldm.training import lock
+file = lock.take(Path(sys.argv[1]), str)
+get_context("fork").Process(target=time.sleep, args=(60,)).start()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_killed_process_leaves_no_lock_though_a_worker_of_it_lives_on(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, start_new_session=True
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match=f"^{holder.pid}$"):
+            lock.take(tmp_path, str)
+        holder.kill()
+        os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
+        try:
+            lock.take(tmp_path, str).close()
+        finally:
+            os.killpg(holder.pid, signal.SIGKILL)
+
+
+def test_a_refused_training_leaves_no_trace(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "new"):
+        with pytest.raises(ConfigError, match="later"), held(folder, ALONE):
+            raise ConfigError("later")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ConfigError, match=r"run\.dir .*run could not be written \(Not a directory\): make room, or"),
+        held(tmp_path / "file" / "run", ALONE),
+    ):
+        pass
