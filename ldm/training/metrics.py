@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -177,12 +178,20 @@ def _forget_after(path: Path, step: int) -> None:
     """Drop the lines of later steps, and what a crash left of a line. The file is replaced whole or not at all."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
     if len(kept) < len(lines):
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.write_bytes(b"".join(kept))
         os.replace(temporary, path)
+
+
+def _step(line: bytes) -> float:
+    """Which step a line is of; of one that a power cut garbled, no step that comes."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

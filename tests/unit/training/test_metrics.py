@@ -56,6 +56,17 @@ def test_steps_that_will_come_again_are_dropped(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize("garbled", [b"\0" * 30 + b'{"step": 5}\n', b"\xff}\n", b"[5]\n", b"5}\n"])
+def test_lines_that_a_power_cut_garbled_are_dropped(garbled: bytes, tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, LogConfig())
+    metrics.scalars(10, {"loss": 0.5})
+    with metrics.file.open("ab") as file:
+        file.write(garbled)
+    metrics.scalars(15, {"loss": 0.25})
+    Metrics(tmp_path, LogConfig(), step=20)
+    assert lines(tmp_path) == [{"step": 10, "loss": 0.5}, {"step": 15, "loss": 0.25}]
+
+
 def test_unknown_wandb_mode_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"log\.wandb is 'on'; allowed: disabled, offline, online"):
         Metrics(tmp_path, LogConfig(wandb="on"))
