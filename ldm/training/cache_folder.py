@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -67,10 +68,7 @@ class Parts:
         """Raises: ConfigError if it cannot be read."""
         if number not in self._mapped:
             folder, name, words = self._where
-            path = _path(folder, name, number)
-            said = checkpoint.read_metadata(path)
-            kept = {word: json.loads(said[word]) for word in words if word in said}
-            self._mapped[number] = Part(files.read(path), kept)
+            self._mapped[number] = _read(_path(folder, name, number), words)
         return self._mapped[number]
 
 
@@ -135,8 +133,8 @@ class Folder:
         self.rank.any(False)
 
     def index(self) -> dict[str, Tensor]:
-        """What `finish` was given."""
-        return files.read(self.path / f"{INDEX}.safetensors")
+        """What `finish` was given. Raises: ConfigError if it cannot be read."""
+        return _read(self.path / f"{INDEX}.safetensors", ()).tensors
 
     def _opened(self, key: Callable[[], Mapping[str, str]]) -> bool:
         """Whether the cache is complete; if not, it is begun. Raises: ConfigError, or OSError of the data's files."""
@@ -205,6 +203,18 @@ class Folder:
                 f"stage.cache_dir {self.path} could not be written ({checkpoint.reason(error)}); what is done is kept: "
                 "make room, or choose a folder that you may write, and start again"
             ) from error
+
+
+def _read(path: Path, words: Sequence[str]) -> Part:
+    """What a file holds, mapped. Raises: ConfigError if its header is damaged."""
+    try:
+        said = checkpoint.read_metadata(path)
+        return Part(files.read(path), {word: json.loads(said[word]) for word in words if word in said})
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{path} of stage.cache_dir is damaged ({reason}); remove that file and start again: it is made anew"
+        ) from error
 
 
 def _path(folder: Path, name: str, number: int) -> Path:

@@ -241,6 +241,18 @@ def test_a_complete_cache_is_read_where_nothing_may_be_written(
         cached(stage(tmp_path / "new"), data(root))
 
 
+def test_a_part_with_a_damaged_header_is_named_with_the_way_out_which_works(root: Path, tmp_path: Path) -> None:
+    part = tmp_path / "cache" / "images-00000.safetensors"
+    content = bytearray(part.read_bytes())
+    content[8] ^= 1  # the first letter of the header
+    part.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"images-00000\.safetensors of .* is damaged .*remove that file") as caught:
+        batch(cached(stage(tmp_path / "cache"), data(root)))
+    assert "\n" not in str(caught.value)
+    part.unlink()
+    assert batch(cached(stage(tmp_path / "cache"), data(root))).keys
+
+
 def test_another_folder_or_file_is_not_taken_for_a_cache(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"set has files but no manifest.json, so it is no cache; choose a new"):
         cached(stage(root), data(root))
