@@ -96,7 +96,7 @@ def session(device: str = "auto", threads: int | None = None) -> Iterator[Rank]:
         device: auto | cpu | cuda.
         threads: torch CPU threads of this process; None keeps torch's default.
 
-    Raises: ConfigError if another rank has ended, or has not answered for `PATIENCE`.
+    Raises: ConfigError if the ranks do not find each other, another one has ended, or has not answered for `PATIENCE`.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -107,7 +107,7 @@ def session(device: str = "auto", threads: int | None = None) -> Iterator[Rank]:
         torch.cuda.set_device(rank.device)
     joins = world > 1 and not dist.is_initialized()
     if joins:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if rank.device.type == "cuda" else "gloo", timeout=PATIENCE)
+        _join(rank)
     try:
         yield rank
     except RuntimeError as error:
@@ -120,6 +120,18 @@ def session(device: str = "auto", threads: int | None = None) -> Iterator[Rank]:
     finally:
         if joins:
             dist.destroy_process_group()
+
+
+def _join(rank: Rank) -> None:
+    """Meet the other ranks. Raises: ConfigError if the environment lacks where, the port is taken, or one is absent."""
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if rank.device.type == "cuda" else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        address, port = (os.environ.get(f"MASTER_{what}", "unset") for what in ("ADDR", "PORT"))
+        raise ConfigError(
+            f"rank {rank.index} of {rank.world} could not join the others (MASTER_ADDR {address}, MASTER_PORT {port}: "
+            f"{str(error).splitlines()[0]}); choose a free MASTER_PORT, the same on all ranks, and see that all started"
+        ) from error
 
 
 def is_lost(error: BaseException) -> bool:
