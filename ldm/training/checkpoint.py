@@ -64,9 +64,9 @@ def save(
     temporary = target.with_name(target.name + TEMPORARY)
     try:
         if pieces is None:
-            _make_room(temporary, _bytes([weights, state]))
+            _make_room(temporary, size([weights, state]))
         else:
-            _make_room_for_all(temporary, _bytes([weights, state, pieces.shards]), pieces.rank)
+            _make_room_for_all(temporary, size([weights, state, pieces.shards]), pieces.rank)
             shards.write(temporary / SHARDS, pieces.shards)
             if not pieces.rank.main:
                 return target
@@ -137,7 +137,8 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _bytes(tree: Any) -> int:
+def size(tree: Any) -> int:
+    """Bytes of all tensors in a tree; of shards, on all ranks together."""
     return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 

@@ -53,6 +53,9 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
     """
     folder = Path(config.run.dir)
     state = _start(config, stage, data, folder, rank)
+    if state.step >= config.train.steps and (done := checkpoint.latest(folder)):
+        return done  # nothing to encode either
+    _refuse_full(stage, state, folder, rank)
     wrapped = wrap(stage, rank, partial=stage.partial)
     with autocast(config.train.precision, rank.device):
         source = stage.cached(data, rank, config.train.workers)
@@ -142,6 +145,21 @@ def _inputs(stage: Stage, data: ImageData) -> dict[str, str]:
     return {f"the frozen {name}": total for name, total in cache_key.frozen(networks(stage)).items()} | {
         "the data (captions, names and sizes of files)": cache_key.outline(data)
     }
+
+
+def _refuse_full(stage: Stage, state: State, run: Path, rank: Rank) -> None:
+    """Refuse, before hours of encoding, a disk without room for what any checkpoint has; moments come on top."""
+    failure: OSError | None = None
+    if rank.main:
+        shared = [module.state_dict() for module in stage.exports().values()]
+        try:
+            checkpoint.check_room(run, checkpoint.size([shared, state.parameters, state.ema and state.ema.weights]))
+        except OSError as error:
+            failure = error
+    if failure := rank.told(failure):
+        raise ConfigError(
+            f"run.dir {run} has no room for a checkpoint ({failure.strerror}); make room, or name another"
+        )
 
 
 def _init_from(stage: Stage, path: Path) -> None:

@@ -1,7 +1,9 @@
 """Trainings that are stopped, or come back to damaged checkpoints: each ends in the documented outcome."""
 
+import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from ldm import config
 from ldm.registry import ConfigError
 from ldm.training import checkpoint, loop, run, signals
 from ldm.training.distributed import Rank
+from ldm.training.stage import Stage
 from scripts import train
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "train" / "tiny" / "vae.yaml"
@@ -96,6 +99,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
     with caplog.at_level("INFO"):
         assert same(model(start(tmp_path)), whole)
     assert "step-00000004 is damaged (" in caplog.text and "continuing" in caplog.text
+    assert (tmp_path / "checkpoints" / "step-00000004.damaged").is_dir()
     assert not checkpoint.damage(tmp_path / "checkpoints" / "step-00000004")
 
 
@@ -105,6 +109,54 @@ def test_when_every_checkpoint_is_damaged_nothing_starts_anew(tmp_path: Path) ->
         (folder / "training.pt").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"all 2 checkpoints of .* are damaged; restore one, or use another run\.dir"):
         start(tmp_path)
+
+
+def test_a_second_training_in_the_folder_is_one_line_and_the_first_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = loop._step
+
+    def stepping(*args: Any) -> Any:
+        if not (tmp_path / "checkpoints").exists():
+            with pytest.raises(SystemExit) as refused:
+                train.main(words(tmp_path))
+            assert refused.value.code == 2
+        return real(*args)
+
+    monkeypatch.setattr(loop, "_step", stepping)
+    assert start(tmp_path).name == "step-00000004"
+    line = f"error: run.dir {tmp_path} is in use by another training (process {os.getpid()}); wait until that has ended"
+    assert line in capsys.readouterr().err
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Filled once for every set that is encoded from now on."""
+    asked: list[bool] = []
+    monkeypatch.setattr(Stage, "cached", lambda self, data, *_: (asked.append(True), data)[1])
+    return asked
+
+
+def test_a_run_that_is_done_encodes_nothing_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = encoded(monkeypatch)
+    done = start(tmp_path)
+    assert asked == [True]
+    with caplog.at_level("INFO"):
+        assert start(tmp_path) == done
+    assert asked == [True] and "is at step 4 of 4: nothing is left to train" in caplog.text
+    assert len((tmp_path / "starts.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_disk_without_room_is_found_before_anything_is_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = encoded(monkeypatch)
+    monkeypatch.setattr("ldm.training.checkpoint.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ConfigError, match=r"run has no room for a checkpoint \(needs .* free\); make room, or name"):
+        start(tmp_path / "run")
+    assert not asked and not (tmp_path / "run").exists()
 
 
 def test_checkpoints_of_every_so_many_steps_stay(tmp_path: Path) -> None:
