@@ -134,9 +134,11 @@ import sys, time
 from multiprocessing import get_context
 from pathlib import Path
 from ldm.training import lock
+def work():
+    print("held", flush=True)
+    time.sleep(60)
 file = lock.take(Path(sys.argv[1]), str)
-get_context("fork").Process(target=time.sleep, args=(60,)).start()
-print("held", flush=True)
+get_context("fork").Process(target=work).start()
 time.sleep(60)
 """
 
