@@ -34,7 +34,7 @@ def last_line(said: bytes) -> str:
 
 @pytest.mark.parametrize("shard", ["none", "full"])
 def test_a_rank_that_dies_in_a_step_ends_the_other_in_one_line_and_the_run_goes_on(shard: str, tmp_path: Path) -> None:
-    words = ["scripts/train.py", *CONFIG, f"run.dir={tmp_path}", f"train.shard={shard}"]
+    words = ["scripts/train.py", *CONFIG, "train.decay=constant", f"run.dir={tmp_path}", f"train.shard={shard}"]
     ranks = start_ranks([*words, "train.steps=100000", "checkpoint.every=2"], 2)
     while logged(tmp_path) < 5 and ranks[0].poll() is None:
         time.sleep(0.02)
