@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             print(commands.tables(Path(args.config), args.words, Path(args.out), args.seeds, dry_run=args.dry_run))
         except Stopped as stopped:
-            sys.stderr.write(f"{stopped}; the same command goes on from there\n")
+            sys.stderr.write(f"{stopped}: the same command goes on from there\n")
             raise SystemExit(EXIT_CODE) from None
 
 

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             run.train(cfg)
         except signals.Stopped as stopped:
-            sys.stderr.write(f"{stopped}; the checkpoint is written: the same command continues\n")
+            sys.stderr.write(f"{stopped}: the same command continues\n")
             raise SystemExit(signals.EXIT_CODE) from None
 
 

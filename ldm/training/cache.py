@@ -4,14 +4,16 @@ Both keep the same parts, made by the same calls, so their batches are equal bit
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ldm.control import Control
@@ -20,6 +22,8 @@ from ldm.data.images import ImageData, Sample, choose, collate
 from ldm.models.vae import Posterior
 from ldm.training.cache_folder import PART, Folder, Make, Part, ranges
 from ldm.training.distributed import Rank
+from ldm.training.signals import heeding
+from ldm.training.workers import NONE, Workers, read
 
 log = logging.getLogger(__name__)
 ENCODE_BATCH = 64
@@ -89,7 +93,7 @@ class LatentData(Dataset[Any]):
     """
 
     def __init__(
-        self, data: ImageData, encoders: Encoders, rank: Rank, folder: Folder | None = None, workers: int = 0
+        self, data: ImageData, encoders: Encoders, rank: Rank, folder: Folder | None = None, workers: Workers = NONE
     ) -> None:
         """Encode, or open what is encoded.
 
@@ -100,7 +104,7 @@ class LatentData(Dataset[Any]):
             folder: where to keep it; None is in memory.
             workers: processes that read the data.
 
-        Raises: DataError as `data`; ConfigError as `folder`.
+        Raises: DataError as `data`; ConfigError as `folder`; signals.Stopped if a rank was asked to stop.
         """
         self.length = len(data)
         self.images: _Rows = []
@@ -108,8 +112,8 @@ class LatentData(Dataset[Any]):
         self.prompts: _Rows = []
         self.index: Mapping[str, Any] = {}
         if folder is None or not folder.complete:
-            keep = _in_memory if folder is None else folder.section
-            self.index = _Build(data, encoders, rank, workers).fill(self, keep)
+            build = _Build(data, encoders, rank, workers)
+            self.index = build.fill(self, build.in_memory if folder is None else folder.section)
             if folder is not None:
                 folder.finish({name: torch.tensor(rows, dtype=torch.int64) for name, rows in self.index.items()})
         if folder is not None:
@@ -145,7 +149,7 @@ class LatentData(Dataset[Any]):
 class _Build:
     """One encoding of a data set."""
 
-    def __init__(self, data: ImageData, encoders: Encoders, rank: Rank, workers: int) -> None:
+    def __init__(self, data: ImageData, encoders: Encoders, rank: Rank, workers: Workers) -> None:
         self.data, self.encoders, self.rank, self.workers = data, encoders, rank, workers
         self.first = data[0]
 
@@ -173,36 +177,46 @@ class _Build:
                 index["starts"].append(index["starts"][-1] + len(some))
         return index
 
-    def _images(self, parts: Sequence[range]) -> Iterator[Part]:
+    def in_memory(self, name: str, count: int, make: Make) -> _Rows:
+        """Parts kept as they are. Raises: signals.Stopped."""
+        del name
+        with closing(make(ranges(count))) as made:
+            return list(heeding(made, self.rank, "while encoding, of which nothing is kept without stage.cache_dir"))
+
+    def _images(self, parts: Sequence[range]) -> Generator[Part]:
         """VAE posteriors, float32, and hints, 8 bit."""
         batches = [list(some) for rows in parts for some in _batches(rows)]
-        loader = DataLoader(_Tried(self.data), batch_sampler=batches, collate_fn=_collate, num_workers=self.workers)
-        stream: Iterator[Any] = iter(self._progress(loader, "encoding latents"))
-        for rows in parts:
-            found: list[dict[str, Tensor]] = []
-            words: dict[str, list[str]] = {"keys": [], "captions": []}
-            for _ in _batches(rows):
-                if isinstance(batch := next(stream), Exception):
-                    raise batch
-                posterior = self.encoders.images(batch.image.to(self.rank.device))
-                hints = {HINT + name: x.mul(255).round().to(torch.uint8) for name, x in batch.hints.items()}
-                found.append({"mean": posterior.mean.float().cpu(), "std": posterior.std.float().cpu()} | hints)
-                words["keys"] += batch.keys
-                words["captions"] += batch.text
-            yield Part(_joined(found), words)
+        with closing(read(_Tried(self.data), batches, _collate, self.workers)) as stream:
+            arriving = iter(self._progress(stream, "encoding latents", len(batches)))
+            for rows in parts:
+                yield self._encoded(islice(arriving, len(_batches(rows))))
 
-    def _texts(self, captions: Sequence[str], parts: Sequence[range]) -> Iterator[Part]:
+    def _encoded(self, batches: Iterable[Any]) -> Part:
+        """The part of these images. Raises: an error that stands for one."""
+        found: list[dict[str, Tensor]] = []
+        words: dict[str, list[str]] = {"keys": [], "captions": []}
+        for batch in batches:
+            if isinstance(batch, Exception):
+                raise batch
+            posterior = self.encoders.images(batch.image.to(self.rank.device))
+            hints = {HINT + name: x.mul(255).round().to(torch.uint8) for name, x in batch.hints.items()}
+            found.append({"mean": posterior.mean.float().cpu(), "std": posterior.std.float().cpu()} | hints)
+            words["keys"] += batch.keys
+            words["captions"] += batch.text
+        return Part(_joined(found), words)
+
+    def _texts(self, captions: Sequence[str], parts: Sequence[range]) -> Generator[Part]:
         """Conditions of captions."""
         assert self.encoders.texts is not None
         size = (self.first.image.shape[-2], self.first.image.shape[-1])
-        for rows in self._progress(parts, "encoding captions"):
+        for rows in self._progress(parts, "encoding captions", len(parts)):
             every = [self.encoders.texts([captions[i] for i in some], size) for some in _batches(rows)]
             yield Part(_joined([{name: x.cpu() for name, x in _given(base).items()} for base in every]))
 
-    def _prompts(self, names: Sequence[str], parts: Sequence[range]) -> Iterator[Part]:
+    def _prompts(self, names: Sequence[str], parts: Sequence[range]) -> Generator[Part]:
         """Features of references, half precision; black pictures stand for those that cannot be read."""
         assert self.encoders.prompts is not None and self.first.reference is not None
-        for rows in self._progress(parts, "encoding references"):
+        for rows in self._progress(parts, "encoding references", len(parts)):
             every: list[dict[str, Tensor]] = []
             could: list[str] = []
             for batch in _batches(rows):
@@ -214,8 +228,8 @@ class _Build:
                 every.append(_flat(tree_map(lambda f: f.half().cpu(), encoded)))
             yield Part(_joined(every), {"read": could})
 
-    def _progress(self, what: Any, doing: str) -> Any:
-        return tqdm(what, desc=doing, mininterval=1.0, disable=not self.rank.main or not len(what))
+    def _progress(self, what: Iterable[Any], doing: str, total: int) -> Any:
+        return tqdm(what, desc=doing, total=total, mininterval=1.0, disable=not self.rank.main or not total)
 
 
 def _batches(rows: range) -> list[range]:
@@ -243,12 +257,6 @@ def _collate(samples: list[Any]) -> Any:
         return collate(samples)
     except ValueError as error:
         return error
-
-
-def _in_memory(name: str, count: int, make: Make) -> _Rows:
-    """Parts kept as they are."""
-    del name
-    return list(make(ranges(count)))
 
 
 def _joined(found: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from ldm.convert import files
 from ldm.registry import ConfigError
-from ldm.training import cache_key, checkpoint, lock
+from ldm.training import cache_key, checkpoint, lock, signals
 from ldm.training.distributed import Rank
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Part:
 
 
 pytree.register_dataclass(Part)
-Make = Callable[[Sequence[range]], Iterator[Part]]  # ranges of rows -> the part of each
+Make = Callable[[Sequence[range]], Generator[Part]]  # ranges of rows -> the part of each
 
 
 def ranges(count: int) -> list[range]:
@@ -100,9 +100,11 @@ class Folder:
             raise ConfigError(refused)
 
     def section(self, name: str, count: int, make: Make) -> Parts:
-        """The parts of `count` rows; ranks share out those that are missing. Raises: ConfigError if the disk is full.
+        """The parts of `count` rows; ranks share out those that are missing.
 
         Each is written under another name, flushed and renamed, so one that has its name is whole.
+
+        Raises: ConfigError if the disk is full; signals.Stopped, behind a part, if a rank was asked to stop.
         """
         every = ranges(count)
         there = [i for i in range(len(every)) if _path(self.path, name, i).exists()] if self.rank.main else []
@@ -110,11 +112,13 @@ class Folder:
         mine = missing[self.rank.index :: self.rank.world]
         if there and missing:
             log.info("%s: %d of %d parts of %s are there already", self.path, len(there), len(every), name)
-        for i, part in zip(mine, make([every[i] for i in mine]), strict=True):
-            room = sum(x.nbytes for x in part.tensors.values()) * len(missing) if i == missing[0] else 0
-            words = {word: json.dumps(rows, ensure_ascii=False) for word, rows in part.words.items()}
-            self._write(_path(self.path, name, i), part.tensors, words, room)
-        self.rank.any(False)  # waits for the others; unlike a barrier of NCCL for half an hour and more
+        kept = f"while encoding; stage.cache_dir {self.path} keeps what is done"
+        with contextlib.closing(make([every[i] for i in mine])) as made:
+            # Its end waits for the others; unlike a barrier of NCCL for half an hour and more.
+            for i, part in signals.heeding(zip(mine, made, strict=True), self.rank, kept):
+                room = sum(x.nbytes for x in part.tensors.values()) * len(missing) if i == missing[0] else 0
+                words = {word: json.dumps(rows, ensure_ascii=False) for word, rows in part.words.items()}
+                self._write(_path(self.path, name, i), part.tensors, words, room)
         return Parts(self.path, name, ("keys", "captions", "read"))
 
     def parts(self, name: str) -> Parts:

@@ -31,6 +31,7 @@ from ldm.training.distributed import Rank
 from ldm.training.draws import SAMPLINGS, Draws
 from ldm.training.losses import diffusion_loss
 from ldm.training.stage import Drawn, Loss, Report, Stage
+from ldm.training.workers import NONE, Workers
 
 
 @dataclass(frozen=True)
@@ -172,10 +173,10 @@ class DiffusionStage(Stage):
                     raise ConfigError(f"adapter {name!r}, images of {width}x{height} (w x h): {error}") from error
 
     @torch.no_grad()
-    def cached(self, data: ImageData, rank: Rank, workers: int = 0) -> Dataset:
+    def cached(self, data: ImageData, rank: Rank, workers: Workers = NONE) -> Dataset:
         """Latents and text conditions computed once, if asked for.
 
-        Raises: ConfigError if the data is augmented, or `stage.cache_dir` holds something else.
+        Raises: ConfigError if the data is augmented, or `stage.cache_dir` holds something else; signals.Stopped.
         """
         view = getattr(data, "options", None)
         pairs = getattr(getattr(view, "pairing", None), "augments", False)

@@ -22,7 +22,7 @@ from ldm.data.images import ImageData
 from ldm.evaluation.adherence import Judges, adherence, judges
 from ldm.precision import DTYPES, autocast
 from ldm.registry import ConfigError
-from ldm.training import cache_key, checkpoint, optim, shards, stream
+from ldm.training import cache_key, checkpoint, optim, shards, signals, stream
 from ldm.training import state as state_module
 from ldm.training.distributed import Rank, in_shards, whole, wrap
 from ldm.training.draws import Draws, generator
@@ -30,9 +30,9 @@ from ldm.training.ema import EMA
 from ldm.training.learning import step_figures
 from ldm.training.metrics import Metrics, describe_run
 from ldm.training.moments import BFloat16AdamW
-from ldm.training.signals import Stopped, listening
 from ldm.training.stage import Stage, choose_trainable, networks, store_frozen
 from ldm.training.state import State
+from ldm.training.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
 
     Returns: the last checkpoint's folder.
     Raises: ConfigError on a config that does not fit, a full disk, or `train.max_nonfinite` bad steps in a row;
-        Stopped behind a checkpoint if one of `signals.SIGNALS` came to any rank.
+        signals.Stopped behind a checkpoint, or ahead of the first step, if any rank was asked to stop.
     """
     folder = Path(config.run.dir)
     state = _start(config, stage, data, folder, rank)
@@ -58,15 +58,16 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
     _refuse_full(stage, state, folder, rank)
     wrapped = wrap(stage, rank, partial=stage.partial)
     with autocast(config.train.precision, rank.device):
-        source = stage.cached(data, rank, config.train.workers)
+        source = stage.cached(data, rank, Workers(config.train.workers, config.train.worker_timeout))
+    signals.heed(rank, "before its first step; what was complete is kept")
     measures = judges(config, stage.trained) if rank.main and held_out is not None else {}
     if rank.main and state.step < config.train.steps:
         describe_run(config, folder)  # after all that may refuse the config
     metrics = Metrics(folder, config.log, state.step) if rank.main else None
     bar = tqdm(total=config.train.steps, initial=state.step, desc=folder.name, disable=not rank.main, mininterval=1.0)
     clock = time.perf_counter()
-    with closing(metrics) if metrics else nullcontext(), bar as progress, listening() as asked:  # its line comes last
-        arriving = stream.Timed(stream.batches(source, config.train, rank, config.seed, state.step))
+    arriving = stream.Timed(stream.batches(source, config.train, rank, config.seed, state.step))
+    with closing(metrics) if metrics else nullcontext(), bar as progress, closing(arriving):
         for micro_batches in arriving:
             stage.train()
             scalars = _step(wrapped, state, micro_batches, config, rank)
@@ -83,13 +84,13 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
                     metrics.scalars(state.step, values)
                     progress.set_postfix({k: f"{values[k]:.4g}" for k in ("loss", "images_per_s") if k in values})
             paused = time.perf_counter()
-            stopping = rank.any(bool(asked.name)) and state.step < config.train.steps
+            stopping = rank.any(bool(signals.asked())) and state.step < config.train.steps
             if stopping and state.window:
                 _read_window(state, folder, config, rank)  # bad steps are counted and noted before the state is kept
             if stopping or _due(state, config.checkpoint.every, config):
                 state_module.save(config, stage, state, folder, rank)
             if stopping:
-                raise Stopped(f"stopped by {asked.name or 'another rank'} at step {state.step} of {config.train.steps}")
+                raise signals.stopped(f"at step {state.step} of {config.train.steps}; the checkpoint is written")
             if held_out is not None and _due(state, config.validation.every, config):  # after the checkpoint: may fail
                 _validate(config, stage, state, held_out, measures, metrics, rank)
             clock += time.perf_counter() - paused

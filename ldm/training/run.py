@@ -12,7 +12,7 @@ from ldm.config import RunConfig
 from ldm.data.images import collate
 from ldm.data.subset import Part
 from ldm.registry import ConfigError
-from ldm.training import clip, diffusion, distributed, loop, metrics, vae  # noqa: F401  (stages register on import)
+from ldm.training import clip, diffusion, distributed, loop, metrics, signals, vae, workers  # noqa: F401  (stages)
 
 
 @contextmanager
@@ -34,10 +34,12 @@ def _refuse_shards(config: RunConfig) -> None:
         raise ConfigError(f"train.compile is on, and train.shard is {config.train.shard!r}; set one of them off")
 
 
+@signals.listening()  # until all is closed
 def train(config: RunConfig) -> Path:
     """Train what the config says, on all ranks of the current process group. Returns the last checkpoint's folder.
 
-    Raises: ConfigError on anything in the config that does not fit.
+    Raises: ConfigError on anything in the config that does not fit; DataError if the data or their workers are lost;
+        signals.Stopped if it was asked to.
     """
     try:
         with (
@@ -59,7 +61,8 @@ def train(config: RunConfig) -> Path:
                 if part is not None and len(part):
                     for group in part.groups().values():
                         stage.check(collate([part[group[0]]]).to(rank.device))
-            return loop.train(config, stage, data, held_out, rank)
+            with workers.named(workers.Workers(config.train.workers, config.train.worker_timeout)):
+                return loop.train(config, stage, data, held_out, rank)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

@@ -14,6 +14,7 @@ from ldm.denoiser import Denoiser
 from ldm.training import optim
 from ldm.training.distributed import Rank
 from ldm.training.draws import Draws
+from ldm.training.workers import NONE, Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +93,10 @@ class Stage(nn.Module, ABC):
         """Hook: refuse a batch that lacks what this stage reads, before training starts. Raises: ConfigError."""
         del batch
 
-    def cached(self, data: ImageData, rank: Rank, workers: int = 0) -> Dataset:
+    def cached(self, data: ImageData, rank: Rank, workers: Workers = NONE) -> Dataset:
         """Hook: replace the data by precomputed inputs. Items must be collated by their own `collate`.
 
-        All ranks call it; `workers` processes of each read the data.
+        All ranks call it; `workers` of each read the data. Raises: signals.Stopped if one was asked to stop.
         """
         del rank, workers
         return data

@@ -2,18 +2,19 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from ldm.config import TrainConfig
-from ldm.data.errors import DataError
 from ldm.data.images import collate
 from ldm.registry import ConfigError
 from ldm.training.distributed import Rank
 from ldm.training.draws import generator
+from ldm.training.workers import Workers, read
 
 log = logging.getLogger(__name__)
 
@@ -114,10 +115,12 @@ def positions(step: int, micro: int, accumulation: int, rank: Rank) -> list[list
     return [list(range(start, start + micro)) for start in starts]
 
 
-def batches(data: Any, config: TrainConfig, rank: Rank, seed: int, start: int) -> Iterator[list[tuple[list[int], Any]]]:
+def batches(
+    data: Any, config: TrainConfig, rank: Rank, seed: int, start: int
+) -> Generator[list[tuple[list[int], Any]]]:
     """For each optimizer step from `start` on: this rank's micro-batches as (global positions, Batch).
 
-    Raises: what reading a sample raised, DataError above all.
+    Closed or at its end, it leaves no worker. Raises: what reading a sample raised, DataError above all.
     """
     micro, accumulation = split_batch(config, rank.world)
     small = [f"{name} ({len(indices)})" for name, indices in groups(data).items() if len(indices) < config.batch]
@@ -128,28 +131,23 @@ def batches(data: Any, config: TrainConfig, rank: Rank, seed: int, start: int) -
             config.batch,
             ", ".join(small),
         )
-    loader = DataLoader(
-        Positions(data, seed, config.batch),
-        batch_sampler=Order(start, config.steps, micro, accumulation, rank),
-        collate_fn=_Collate(getattr(data, "collate", collate)),
-        num_workers=config.workers,
-        pin_memory=rank.device.type == "cuda",
-        persistent_workers=config.workers > 0,
-        timeout=config.worker_timeout if config.workers else 0,
-    )
-    stream = iter(loader)
-    for _ in range(start, config.steps):
-        read = [_next(stream, config) for _ in range(accumulation)]
-        for _, batch in read:
-            if isinstance(batch, Exception):
-                raise batch
-        yield [(where, batch.to(rank.device)) for where, batch in read]
+    order = Order(start, config.steps, micro, accumulation, rank)
+    join = _Collate(getattr(data, "collate", collate))
+    readers = Workers(config.workers, config.worker_timeout)
+    pin = rank.device.type == "cuda"
+    with closing(read(Positions(data, seed, config.batch), order, join, readers, pin=pin)) as stream:
+        for _ in range(start, config.steps):
+            found = [next(stream) for _ in range(accumulation)]
+            for _, batch in found:
+                if isinstance(batch, Exception):
+                    raise batch
+            yield [(where, batch.to(rank.device)) for where, batch in found]
 
 
 class Timed:
     """Batches as they come, and how long the caller waited for them."""
 
-    def __init__(self, batches: Iterator[list[tuple[list[int], Any]]]) -> None:
+    def __init__(self, batches: Generator[list[tuple[list[int], Any]]]) -> None:
         self._batches, self._seconds = batches, 0.0
 
     def __iter__(self) -> "Timed":
@@ -162,28 +160,14 @@ class Timed:
         finally:
             self._seconds += time.perf_counter() - started
 
+    def close(self) -> None:
+        """No more are wanted."""
+        self._batches.close()
+
     def waited(self) -> float:
         """Seconds since this was last asked."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
-
-
-def _next(stream: Iterator[Any], config: TrainConfig) -> Any:
-    """The next batch. Raises: DataError if the data workers hang or die."""
-    try:
-        return next(stream)
-    except RuntimeError as error:
-        said = str(error)
-        if "timed out" in said:
-            reason = f"gave no batch for {config.worker_timeout:g} s (train.worker_timeout)"
-        elif "exited unexpectedly" in said:
-            reason = "died: killed, or out of memory"
-        else:
-            raise
-        raise DataError(
-            f"data workers {reason}; train.workers is {config.workers}: try fewer, or 0 to see what a sample does; the "
-            "same command continues at the newest checkpoint"
-        ) from error
 
 
 class Order(Sampler[list[int]]):

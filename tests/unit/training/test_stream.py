@@ -1,8 +1,5 @@
-import os
-import signal
-import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from itertools import chain, islice
 from typing import Any, ClassVar
 
@@ -238,31 +235,10 @@ def test_unreadable_sample_is_one_line_from_any_process(workers: int, odd: bool,
     assert "\n" not in str(caught.value)
 
 
-class Stuck(Numbers):
-    """A worker that reads sample 3 sleeps for a minute, or is killed."""
-
-    def __init__(self, killed: bool) -> None:
-        self.killed = killed
-
-    def load(self, index: int, generator: torch.Generator | None = None) -> Sample:
-        if index == 3 and self.killed:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if index == 3:
-            time.sleep(60)
-        return super().load(index, generator)
-
-
-@pytest.mark.parametrize(("killed", "said"), [(False, r"gave no batch for 1 s \(train"), (True, "died")])
-def test_workers_that_hang_or_die_end_the_run_in_one_line(killed: bool, said: str) -> None:
-    config = TrainConfig(batch=SIZE, steps=1, workers=1, worker_timeout=1.0)
-    with pytest.raises(DataError, match=f"^data workers {said}.*train.workers is 1"):
-        list(batches(Stuck(killed), config, rank(), 0, 0))
-
-
 def test_time_waited_for_batches_is_counted_anew_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
 
-    def arriving() -> Iterator[list[tuple[list[int], Any]]]:
+    def arriving() -> Generator[list[tuple[list[int], Any]]]:
         for seconds in (1.0, 2.0, 4.0):
             clock[0] += seconds
             yield []
