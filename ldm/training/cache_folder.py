@@ -113,12 +113,14 @@ class Folder:
         if there and missing:
             log.info("%s: %d of %d parts of %s are there already", self.path, len(there), len(every), name)
         kept = f"while encoding; stage.cache_dir {self.path} keeps what is done"
-        with contextlib.closing(make([every[i] for i in mine])) as made:
+        with contextlib.ExitStack() as failing, contextlib.closing(make([every[i] for i in mine])) as made:
+            failing.callback(self._release)  # at once, not when this object goes, which a traceback may hold
             # Its end waits for the others; unlike a barrier of NCCL for half an hour and more.
             for i, part in signals.heeding(zip(mine, made, strict=True), self.rank, kept):
                 room = sum(x.nbytes for x in part.tensors.values()) * len(missing) if i == missing[0] else 0
                 words = {word: json.dumps(rows, ensure_ascii=False) for word, rows in part.words.items()}
                 self._write(_path(self.path, name, i), part.tensors, words, room)
+            failing.pop_all()
         return Parts(self.path, name, ("keys", "captions", "read"))
 
     def parts(self, name: str) -> Parts:
@@ -197,6 +199,10 @@ class Folder:
             new = path.with_name(path.name + _NEW)
             files.write(new, tensors, words)
             _put(new, path)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -1,17 +1,27 @@
 """Training from an encoded data set on disk: made by two ranks together, it trains like memory on one or two."""
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import adapters  # noqa: F401  (registers them)
 from ldm import config
+from ldm.data.errors import DataError
+from ldm.data.synthetic import SyntheticData
 from ldm.registry import ConfigError
 from ldm.training import run
+from ldm.training.cache import _Build
+from ldm.training.cache_folder import Part
+from scripts import train
 
 ROOT = Path(__file__).resolve().parents[2]
 LDM = ROOT / "configs" / "train" / "tiny" / "ldm.yaml"
@@ -50,6 +60,61 @@ def test_two_ranks_make_one_cache_and_train_like_one_from_memory(tmp_path: Path)
     assert all(0 <= line["data_wait"] <= 1 for line in one)
     with pytest.raises(ConfigError, match=r"cache was made with other data.seed \(was 0, is 1\)"):
         start(tmp_path / "other", cached, "data.seed=1")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_signal_while_encoding_ends_the_run_behind_the_part(
+    kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ldm.training.cache_folder.PART", 8)
+    monkeypatch.setattr("ldm.training.cache.PART", 8)
+    more = ["data.length=16", "train.steps=1", "train.workers=1"]
+    more += [f"stage.cache_dir={tmp_path / 'cache'}"] if kept else []
+    real, parts = _Build._encoded, []
+
+    def encoded(self: _Build, batches: Iterable[Any]) -> Part:
+        parts.append(real(self, batches))
+        if len(parts) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return parts[-1]
+
+    monkeypatch.setattr(_Build, "_encoded", encoded)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--config", str(LDM), f"run.dir={tmp_path / 'run'}", *SMALL, *more])
+    where = f"; stage.cache_dir {tmp_path / 'cache'} keeps what is done" if kept else ", of which nothing is kept"
+    assert stopped.value.code == 75 and f"stopped by SIGTERM while encoding{where}" in capsys.readouterr().err
+    assert len(parts) == 1 and not multiprocessing.active_children() and not (tmp_path / "run").exists()
+    start(tmp_path / "run", *more)
+    assert len(parts) == (2 if kept else 3)
+
+
+def test_a_worker_that_is_lost_while_encoding_ends_the_run_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item, reader = SyntheticData.__getitem__, os.getpid()
+
+    def killed(self: SyntheticData, index: int) -> Any:
+        return item(self, index) if os.getpid() == reader else os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(SyntheticData, "__getitem__", killed)
+    with pytest.raises(DataError, match=r"^data workers died: .*train\.workers is 1"):
+        start(tmp_path, "data.length=16", "train.workers=1")
+
+
+def test_a_worker_that_hangs_while_encoding_ends_the_run_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item, reader = SyntheticData.__getitem__, os.getpid()
+
+    def hanging(self: SyntheticData, index: int) -> Any:
+        if os.getpid() != reader:
+            time.sleep(60)
+        return item(self, index)
+
+    monkeypatch.setattr(SyntheticData, "__getitem__", hanging)
+    monkeypatch.setattr("ldm.training.workers.GRACE", 0.1)
+    with pytest.raises(DataError, match=r"^data workers gave no batch for 1 s \(train\.worker_timeout\)"):
+        start(tmp_path, "data.length=16", "train.workers=1", "train.worker_timeout=1")
 
 
 def test_a_run_goes_on_with_its_data_in_another_place(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import tarfile
 import time
 from collections.abc import Callable
@@ -122,6 +123,19 @@ def test_a_data_worker_that_hangs_ends_the_run(
     said = refused(capfd, tmp_path, *SCENES, "train.workers=1", "train.worker_timeout=1")
     assert said.startswith("error: data workers gave no batch for 1 s (train.worker_timeout)")
     assert time.monotonic() - begun < 50
+
+
+def test_a_data_worker_that_is_killed_during_a_step_ends_the_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_: list[Any]) -> None:
+        multiprocessing.active_children()[0].kill()
+        time.sleep(30)  # until torch says so
+
+    before_step(monkeypatch, 2, killed)
+    said = refused(capfd, tmp_path, *SCENES, "train.workers=1")
+    assert said.startswith("error: data workers died: killed, or out of memory (") and "train.workers is 1" in said
+    assert steps(tmp_path) == [2]
 
 
 def test_a_batch_that_is_not_a_number_is_skipped_counted_and_named(

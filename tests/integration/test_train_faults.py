@@ -1,7 +1,11 @@
 """Trainings that are stopped, or come back to damaged checkpoints: each ends in the documented outcome."""
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +19,10 @@ from ldm import config
 from ldm.registry import ConfigError
 from ldm.training import checkpoint, loop, run, signals
 from ldm.training.distributed import Rank
+from ldm.training.metrics import Metrics
 from ldm.training.stage import Stage
 from scripts import train
+from tests.ranks import start_ranks
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "train" / "tiny" / "vae.yaml"
 SMALL = ["train.precision=fp32", "validation.data=null", "data.length=16", "data.size=16", "train.batch=2"]
@@ -67,6 +73,81 @@ def test_a_signal_ends_the_run_behind_a_checkpoint_and_it_goes_on_bit_for_bit(
     assert handlers == [signal.getsignal(n) for n in signals.SIGNALS]
     assert [p.name for p in checkpoint.complete(tmp_path / "run")] == ["step-00000002", "step-00000003"]
     assert same(model(start(tmp_path / "run")), model(whole))
+
+
+def test_a_signal_to_all_processes_of_the_run_leaves_the_workers_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As scancel or a time limit sends it: from elsewhere, to the main process and its data workers."""
+    real = loop._step
+
+    def stepping(wrapped: Any, state: Any, *args: Any) -> Any:
+        if state.step == 2:
+            workers = [child.pid for child in multiprocessing.active_children()]
+            assert len(workers) == 2
+            subprocess.run(["kill", "-TERM", *map(str, [*workers, os.getpid()])], check=True)
+            time.sleep(0.3)  # torch's handler would raise here
+        return real(wrapped, state, *args)
+
+    monkeypatch.setattr(loop, "_step", stepping)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(words(tmp_path, "train.workers=2"))
+    assert stopped.value.code == 75 and "stopped by SIGTERM at step 3 of 4" in capsys.readouterr().err
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-00000002", "step-00000003"]
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_process_group_that_is_terminated_ends_behind_a_checkpoint_and_is_gone(tmp_path: Path) -> None:
+    command = ["scripts/train.py", *words(tmp_path, "train.workers=2", "train.steps=100000", "checkpoint.every=100000")]
+    (run,) = start_ranks(command, 1)
+    metrics = tmp_path / "metrics.jsonl"
+    while run.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGTERM)
+    time.sleep(0.2)
+    if run.poll() is None:
+        os.killpg(run.pid, signal.SIGTERM)  # a repeated one changes nothing
+    said = run.communicate(timeout=60)[1].decode()
+    assert run.returncode == 75 and "Traceback" not in said and "the checkpoint is written" in said
+    assert len(checkpoint.complete(tmp_path)) == 1
+    with pytest.raises(ProcessLookupError):
+        os.killpg(run.pid, 0)
+
+
+def test_a_signal_again_while_the_run_is_closed_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = Metrics.close
+
+    def closing(self: Metrics) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        close(self)
+
+    monkeypatch.setattr(Metrics, "close", closing)
+    signal_in_step(monkeypatch, signal.SIGTERM, step=0)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(words(tmp_path))
+    assert stopped.value.code == 75 and [p.name for p in checkpoint.complete(tmp_path)] == ["step-00000001"]
+
+
+def test_a_signal_before_the_first_step_ends_the_run_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = run.build.stage
+    monkeypatch.setattr(run.build, "stage", lambda cfg: (signal.raise_signal(signal.SIGTERM), real(cfg))[1])
+    with pytest.raises(SystemExit) as stopped:
+        train.main(words(tmp_path / "run"))
+    assert stopped.value.code == 75 and not (tmp_path / "run").exists()
+    line = "stopped by SIGTERM before its first step; what was complete is kept: the same command continues\n"
+    assert capsys.readouterr().err.endswith(line)
+
+
+def test_once_a_run_is_over_a_signal_changes_no_exit_code() -> None:
+    """While the interpreter ends, which takes a while; what is registered first is called last."""
+    program = "import atexit, signal; atexit.register(signal.raise_signal, signal.SIGTERM)\n"
+    program += "from ldm.training.signals import listening\nwith listening(): pass\nraise SystemExit(75)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=TINY.parents[3]).returncode == 75
 
 
 def test_a_second_interrupt_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
