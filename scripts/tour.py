@@ -13,7 +13,7 @@ from scripts import evaluate, sample, train
 EMOJI, TINY = "configs/sample/emoji/{}.yaml", "configs/{}/tiny/controlnet.yaml"
 END = """done. {0}/adapters.png: what each adapter does
 {0}/tiny/grid.png: drawn by the ControlNet that was trained just now (runs/tiny/controlnet/images: as it learned)
-Next: .venv/bin/python scripts/sample.py sample.prompts="a flat emoji of a red heart"
+Next: .venv/bin/python scripts/sample.py out.dir=outputs/heart sample.prompts="a flat emoji of a red heart"
   docs/train-your-own-controlnet.md: the same with pictures of your own"""
 
 
