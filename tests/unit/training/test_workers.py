@@ -51,7 +51,7 @@ def children() -> list[int]:
 def test_signals_to_all_of_the_run_leave_the_workers_at_work(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "DataLoader", partial(DataLoader, multiprocessing_context=method))
     numbers: Any = range(8)  # which a spawned process knows
-    with listening(), closing(reading(numbers)) as stream:
+    with listening(), closing(reading(numbers, timeout=200.0)) as stream:
         assert next(stream) == [0] and len(children()) == 2
         send(signal.SIGTERM, os.getpid(), *children())
         for number in SIGNALS:
