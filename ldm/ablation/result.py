@@ -48,5 +48,5 @@ def same(found: Sequence[Result], measure: str, arm: str) -> dict[int, float]:
     for r in found:
         if (value := r.beside.get(measure, {}).get(arm)) is not None:
             values.setdefault(r.seed, set()).add(f"{value:.6g}")
-    same = all(len(each) == 1 for each in values.values())
-    return {seed: float(min(each)) for seed, each in values.items()} if same else {}
+    agree = all(len(each) == 1 for each in values.values())
+    return {seed: float(min(each)) for seed, each in values.items()} if agree else {}

@@ -72,7 +72,7 @@ class ViTConfig:
             ConfigError: if a number is below 1, or one does not divide the other.
         """
         check_positive("vit", self, ("image_size", "patch", "width", "layers", "heads"))
-        check_multiples("vit", self, image_size="patch", width="heads")
+        check_multiples("vit", self, {"image_size": "patch", "width": "heads"})
 
 
 def tokens_of(net: Any, x: Tensor, block: int) -> Tensor:
@@ -185,7 +185,7 @@ def check_positive(owner: str, config: object, names: tuple[str, ...]) -> None:
             raise ConfigError(f"{owner}.{name} is {getattr(config, name)}, must be at least 1")
 
 
-def check_multiples(owner: str, config: object, **pairs: str) -> None:
+def check_multiples(owner: str, config: object, pairs: Mapping[str, str]) -> None:
     """Raise ConfigError where a number is no multiple of the one that is named for it."""
     for name, by in pairs.items():
         value, divisor = getattr(config, name), getattr(config, by)

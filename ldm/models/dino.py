@@ -42,7 +42,7 @@ class DinoConfig:
 
     def __post_init__(self) -> None:
         check_positive("dino", self, ("image_size", "patch", "width", "layers", "heads", "positions"))
-        check_multiples("dino", self, image_size="patch", positions="patch", width="heads")
+        check_multiples("dino", self, {"image_size": "patch", "positions": "patch", "width": "heads"})
 
 
 @register("image", "dino", options=DinoConfig)

@@ -50,7 +50,7 @@ class OpenCLIPConfig:
             raise ConfigError(
                 f"open_clip.layers is {self.layers}, must be at least 2: image prompts read the last but one"
             )
-        check_multiples("open_clip", self, image_size="patch", width="heads")
+        check_multiples("open_clip", self, {"image_size": "patch", "width": "heads"})
         if self.activation not in ACTIVATIONS:
             raise ConfigError(f"open_clip.activation is {self.activation!r}; allowed: {', '.join(ACTIVATIONS)}")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from ldm.prompts import Prompt, read_prompts, read_seeds
 from ldm.registry import ConfigError, suggest
 from ldm.training import checkpoint
 
+log = logging.getLogger(__name__)
 STRENGTH: Final = 0.8  # what published image-to-image pipelines start from, and 1 where there is a mask
 LONGEST: Final = 1536  # pixels along the longer side of a reference that is read at its own size
 PRECISIONS: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -355,6 +357,9 @@ def _resolved(config: RunConfig, prompts: Sequence[Prompt]) -> tuple[Prompt, ...
         negative = s.negative if prompt.negative is None else prompt.negative
         image, mask = prompt.image or images[row], prompt.mask or masks[row]
         result.append(Prompt(prompt.text, negative, ordered, image, mask))
+    for name, files in shared.items():
+        if all(prompt.hints[name] != file for prompt, file in zip(result, files, strict=True)):
+            log.warning("hint %s of %s is heard by no prompt: all %d have their own", files[0], name, rows)
     _check_alike(result)
     return tuple(result)
 

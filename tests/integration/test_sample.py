@@ -302,6 +302,14 @@ def test_bad_input_is_one_line_and_exit_2(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_hint_that_no_prompt_hears_is_said(models: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own = f"sample.prompts=[{{prompt: a, hints: {{net: {models / 'hint.png'}}}}}]"
+    plan.plan(configs.load(models / "config.yaml", [own, f"sample.hints.net={models / 'hint.png'}"]))
+    assert not caplog.text
+    plan.plan(configs.load(models / "config.yaml", [own, "sample.hints.net=nowhere.png"]))
+    assert "hint nowhere.png of net is heard by no prompt: all 1 have their own" in caplog.text
+
+
 def test_a_folder_of_hints_is_matched_in_order(models: Path, tmp_path: Path) -> None:
     for name in ("b", "a"):
         Image.new("RGB", (16, 16), "white").save(tmp_path / f"{name}.png")
