@@ -44,7 +44,7 @@ class EntryOptions:
         flip: mirror half of the samples when augmenting; mind captions that say left or right.
         max_bad: share of unreadable images that is skipped and counted (each data worker counts those it met); more
             than that is an error.
-        memory: keep the resized images in memory as 8 bit after the first read.
+        memory: keep the resized images as 8 bit after the first read; not with stage.cache, which reads them once.
     """
 
     root: str
@@ -175,6 +175,7 @@ class EntryData(ImageData):
         self._pairing = options.pairing
         self._side = (self._pairing.size if self._pairing else 0) or options.size  # of references
         self._total = len(entries)
+        self._keep = options.memory
         self._kept: dict[int, _Decoded] = {}
         self._prompts: dict[Source, Tensor] = {}
         self._checked: set[Source] = set()  # references whose headers are sound
@@ -269,8 +270,7 @@ class EntryData(ImageData):
 
     @cached_property
     def _references(self) -> dict[str, tuple[Source, ...]]:
-        every = (self._entries[i] for i in range(len(self)))
-        return {entry.key: entry.references for entry in every}
+        return {entry.key: entry.references for entry in (self._entries[i] for i in range(len(self)))}
 
     @cached_property
     def _named(self) -> dict[str, Source]:
@@ -297,11 +297,15 @@ class EntryData(ImageData):
         """See ImageData.reference. Raises: DataError if it cannot be read."""
         return to_image(self._reference(self._named[name]))
 
+    def once(self) -> None:
+        """See ImageData.once."""
+        self._keep, self._kept, self._prompts = False, {}, {}
+
     def _reference(self, source: Source) -> Tensor:
         if (pixels := self._prompts.get(source)) is None:
             pixels = resize(read_image(source), self._side, crop=self.options.crop, hint=False, source=source)
             pixels = centred(pixels, self._side)
-            if self.options.memory:
+            if self._keep:
                 self._prompts[source] = pixels
         return pixels
 
@@ -317,7 +321,7 @@ class EntryData(ImageData):
         except DataError as error:
             self._skip(entry.image, str(error))
             return None
-        if self.options.memory:
+        if self._keep:
             self._kept[index] = decoded
         return decoded
 
@@ -380,14 +384,6 @@ class EntryData(ImageData):
         self.bad[source] = error
         logger.warning("skipped (%d of %d): %s", len(self.bad), self._total, error)
         check_share(self.bad, self._total, self.options.max_bad)
-
-
-def stated_size(columns: Mapping[str, Any]) -> tuple[int, int]:
-    """(width, height) as a list says in columns of these names (img2dataset's do); zeros where it does not."""
-    width, height = columns.get("width"), columns.get("height")
-    if isinstance(width, int) and isinstance(height, int) and 0 < width < 2**31 and 0 < height < 2**31:
-        return width, height
-    return 0, 0
 
 
 def _mismatch(entry: Entry, name: str, hint: tuple[int, int], image: tuple[int, int]) -> str:

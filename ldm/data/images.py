@@ -118,6 +118,9 @@ class ImageData(Dataset[Sample], ABC):
         """The image prompt of that name, 3 h w in [-1, 1]. Raises: KeyError on a name that is none of `references`."""
         raise KeyError(name)
 
+    def once(self) -> None:
+        """From now on nothing is kept that may be read again: what follows reads every sample a single time."""
+
 
 def choose(count: int, key: str, generator: torch.Generator | None) -> int:
     """Which of `count` image prompts a sample gets: drawn, or without a generator always the same by its key."""

@@ -19,9 +19,9 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, Final
 
-from ldm.data.entries import Entry, EntryData, PackedOptions, stated_size
+from ldm.data.entries import Entry, EntryData, PackedOptions
 from ldm.data.errors import DataError
-from ldm.data.reading import parts
+from ldm.data.reading import parts, stated_size
 from ldm.data.records import Filter, split_by_hash
 from ldm.registry import register, suggest
 

@@ -6,8 +6,9 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Final, Protocol, Self, runtime_checkable
+from typing import Any, Final, Protocol, Self, runtime_checkable
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
@@ -105,6 +106,14 @@ def image_size(path: Source) -> tuple[int, int]:
         with contextlib.suppress(DataError):
             return _size(path.head)  # a header may be longer: then the whole file is read
     return _size(path)
+
+
+def stated_size(columns: Mapping[str, Any]) -> tuple[int, int]:
+    """(width, height) as a list says in columns of these names (img2dataset's do); zeros where it does not."""
+    width, height = columns.get("width"), columns.get("height")
+    if isinstance(width, int) and isinstance(height, int) and 0 < width < 2**31 and 0 < height < 2**31:
+        return width, height
+    return 0, 0
 
 
 def _size(path: Source) -> tuple[int, int]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ldm.data.entries import Entry, EntryData, PackedOptions, stated_size
+from ldm.data.entries import Entry, EntryData, PackedOptions
 from ldm.data.errors import DataError
-from ldm.data.reading import SUFFIXES, Source, check_share, parts
+from ldm.data.reading import SUFFIXES, Source, check_share, parts, stated_size
 from ldm.data.records import Filter, split_by_hash
 from ldm.data.tar import Member, walk
 from ldm.registry import register, suggest

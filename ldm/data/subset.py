@@ -65,6 +65,10 @@ class Part(ImageData):
         """See ImageData."""
         return self.data.reference(name)
 
+    def once(self) -> None:
+        """See ImageData."""
+        self.data.once()
+
 
 def held_out(
     data: ImageData, items: int, batch: int, device: torch.device, part: Callable[[int], range] = range

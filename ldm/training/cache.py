@@ -80,10 +80,24 @@ class Encoders:
     prompts: EncodePrompts | None = None
 
 
-class _Rows(Protocol):
+class Rows(Protocol):
     """Parts by number, in memory or mapped."""
 
     def __getitem__(self, number: int, /) -> Part: ...
+
+
+Keep = Callable[[str, int, Make], Rows]  # what a section is, its number of rows, how they are made -> all of them
+
+
+def in_memory(rank: Rank) -> Keep:
+    """Parts kept as they are. Raises: signals.Stopped, when called."""
+
+    def keep(name: str, count: int, make: Make) -> Rows:
+        del name
+        with closing(make(ranges(count))) as made:
+            return list(heeding(made, rank, "while encoding, of which nothing is kept without stage.cache_dir"))
+
+    return keep
 
 
 class LatentData(Dataset[Any]):
@@ -93,7 +107,13 @@ class LatentData(Dataset[Any]):
     """
 
     def __init__(
-        self, data: ImageData, encoders: Encoders, rank: Rank, folder: Folder | None = None, workers: Workers = NONE
+        self,
+        data: ImageData,
+        encoders: Encoders,
+        rank: Rank,
+        folder: Folder | None = None,
+        workers: Workers = NONE,
+        keep: Keep | None = None,
     ) -> None:
         """Encode, or open what is encoded.
 
@@ -103,17 +123,18 @@ class LatentData(Dataset[Any]):
             rank: this process. In memory each has everything; a folder they fill together.
             folder: where to keep it; None is in memory.
             workers: processes that read the data.
+            keep: what keeps it where no folder does; None is `in_memory`.
 
         Raises: DataError as `data`; ConfigError as `folder`; signals.Stopped if a rank was asked to stop.
         """
         self.length = len(data)
-        self.images: _Rows = []
-        self.texts: _Rows = []
-        self.prompts: _Rows = []
+        self.images: Rows = []
+        self.texts: Rows = []
+        self.prompts: Rows = []
         self.index: Mapping[str, Any] = {}
         if folder is None or not folder.complete:
             build = _Build(data, encoders, rank, workers)
-            self.index = build.fill(self, build.in_memory if folder is None else folder.section)
+            self.index = build.fill(self, folder.section if folder else keep or in_memory(rank))
             if folder is not None:
                 folder.finish({name: torch.tensor(rows, dtype=torch.int64) for name, rows in self.index.items()})
         if folder is not None:
@@ -151,9 +172,10 @@ class _Build:
 
     def __init__(self, data: ImageData, encoders: Encoders, rank: Rank, workers: Workers) -> None:
         self.data, self.encoders, self.rank, self.workers = data, encoders, rank, workers
+        data.once()
         self.first = data[0]
 
-    def fill(self, target: LatentData, keep: Callable[[str, int, Make], _Rows]) -> dict[str, list[int]]:
+    def fill(self, target: LatentData, keep: Keep) -> dict[str, list[int]]:
         """Encode everything, as parts of `target`. Returns: which row of captions and references belongs to what."""
         target.images = keep("images", len(self.data), self._images)
         words = [target.images[number].words for number in range(len(ranges(len(self.data))))]
@@ -176,12 +198,6 @@ class _Build:
             for some in own:
                 index["starts"].append(index["starts"][-1] + len(some))
         return index
-
-    def in_memory(self, name: str, count: int, make: Make) -> _Rows:
-        """Parts kept as they are. Raises: signals.Stopped."""
-        del name
-        with closing(make(ranges(count))) as made:
-            return list(heeding(made, self.rank, "while encoding, of which nothing is kept without stage.cache_dir"))
 
     def _images(self, parts: Sequence[range]) -> Generator[Part]:
         """VAE posteriors, float32, and hints, 8 bit."""
@@ -264,7 +280,7 @@ def _joined(found: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
-def _gather(parts: _Rows, rows: Sequence[int]) -> dict[str, Tensor]:
+def _gather(parts: Rows, rows: Sequence[int]) -> dict[str, Tensor]:
     """Tensors of these rows, stacked."""
     found = [(parts[row // PART].tensors, row % PART) for row in rows]
     return {name: torch.stack([tensors[name][i] for tensors, i in found]) for name in found[0][0]}

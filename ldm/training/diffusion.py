@@ -25,7 +25,7 @@ from ldm.registry import ConfigError, register, suggest
 from ldm.samplers import DDIM
 from ldm.schedule import Schedule
 from ldm.training import cache_key, learning
-from ldm.training.cache import Encoders, LatentData, Latents, tree_map
+from ldm.training.cache import Encoders, Keep, LatentData, Latents, tree_map
 from ldm.training.cache_folder import Folder
 from ldm.training.distributed import Rank
 from ldm.training.draws import SAMPLINGS, Draws
@@ -173,7 +173,7 @@ class DiffusionStage(Stage):
                     raise ConfigError(f"adapter {name!r}, images of {width}x{height} (w x h): {error}") from error
 
     @torch.no_grad()
-    def cached(self, data: ImageData, rank: Rank, workers: Workers = NONE) -> Dataset:
+    def cached(self, data: ImageData, rank: Rank, workers: Workers = NONE, keep: Keep | None = None) -> Dataset:
         """Latents and text conditions computed once, if asked for.
 
         Raises: ConfigError if the data is augmented, or `stage.cache_dir` holds something else; signals.Stopped.
@@ -192,7 +192,7 @@ class DiffusionStage(Stage):
         encoders = Encoders(self._posterior, texts, self._encoded if self._prompted() else None)
         where = self.options.cache_dir
         folder = Folder(Path(where), lambda: self._cache_key(data, rank.device), rank) if where else None
-        return LatentData(data, encoders, rank, folder, workers)
+        return LatentData(data, encoders, rank, folder, workers, keep)
 
     def _cache_key(self, data: ImageData, device: torch.device) -> dict[str, str]:
         networks: dict[str, nn.Module] = {"VAE": self.vae}

@@ -24,7 +24,7 @@ from ldm.data.images import ImageData, Sample, collate
 from ldm.precision import DTYPES, autocast
 from ldm.registry import ConfigError
 from ldm.training import cache, clip, diffusion, loop, optim, shards, stream, vae  # noqa: F401  (stages register on import)
-from ldm.training.cache_folder import PART
+from ldm.training.cache_folder import PART, ranges
 from ldm.training.distributed import Rank, pick_device
 from ldm.training.ema import EMA
 from ldm.training.stage import Stage, choose_trainable, networks, store_frozen
@@ -198,19 +198,27 @@ class _Replay:
 
     def encode(self, data: ImageData, length: int) -> tuple[Dataset[Any], int, Memory]:
         """The stage's input, encoded if it asks for that; bytes of an encoded set of `length`; the peak of encoding."""
-        self.tracker.start()
+        rows: dict[str, float] = {}  # section -> bytes of a row
+        peaks = [Memory()]
+
+        def keep(name: str, count: int, make: cache.Make) -> cache.Rows:
+            self.tracker.start()
+            with contextlib.closing(make(ranges(count))) as made:
+                parts = list(made)
+            making = self._peak()
+            rows[name] = sum(x.untyped_storage().nbytes() for x in tensors(parts)) / count
+            part = int(rows[name] * min(PART, length))
+            joining = dataclasses.replace(making, activations=part)  # a part's batches and the whole of it
+            peak = max(making, joining, key=lambda memory: memory.total)
+            kept = part if self.on_disk else int(sum(rows.values()) * length)  # with the sections before it
+            peaks.append(dataclasses.replace(peak, data=kept))
+            self.tracker.assign("data", tensors(parts))
+            return parts
+
         with autocast(self.config.train.precision, self.rank.device), contextlib.redirect_stderr(io.StringIO()):
-            source = self.stage.cached(data, self.rank)  # stderr: its progress bar
-        if source is data:
-            return source, 0, Memory()
-        encoding = self._peak()
-        self.tracker.assign("data", tensors(vars(source)))
-        row = self.tracker.alive.get("data", 0) / len(data)  # pyright: ignore[reportArgumentType]
-        part, every = int(row * min(PART, length)), int(row * length)
-        kept = part if self.on_disk else every
-        joining = dataclasses.replace(encoding, activations=part)  # a part's batches and the whole of it
-        peak = max(encoding, joining, key=lambda memory: memory.total)
-        return source, 0 if self.on_disk else every, dataclasses.replace(peak, data=kept)
+            source = self.stage.cached(data, self.rank, keep=keep)  # stderr: its progress bar
+        every = 0 if self.on_disk else int(sum(rows.values()) * length)
+        return source, every, max(peaks, key=lambda memory: memory.total)
 
     def step(self, source: Any, micro: int, accumulation: int) -> Memory:
         """Peak of an optimizer step, not the first: the optimizer's moments are there."""

@@ -192,6 +192,7 @@ def _step(
     wrapped: nn.Module, state: State, micro_batches: list[tuple[list[int], Any]], config: RunConfig, rank: Rank
 ) -> dict[str, Tensor]:
     """One optimizer step of every player on one global batch. Returns scalars on the device; no host sync."""
+    stage = cast("Stage", wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped)
     scalars: dict[str, Tensor] = {}
     n = len(micro_batches)
     if state.scaler.is_enabled():
@@ -204,9 +205,12 @@ def _step(
             optimizer.noise = generator(config.seed, f"rounding.{player}", state.step, rank.device)
         for each in state.optimizers.values():
             each.zero_grad(set_to_none=True)
-        for i, (positions, batch) in enumerate(micro_batches):
+        parts = [(batch, Draws(config.seed, positions, rank.device)) for positions, batch in micro_batches]
+        if n > 1:
+            with autocast(config.train.precision, rank.device), _playing(state, player):
+                stage.survey(parts, player, state.step)
+        for i, (batch, draws) in enumerate(parts):
             final = i == n - 1
-            draws = Draws(config.seed, positions, rank.device)
             waits = isinstance(wrapped, DistributedDataParallel) and not final  # gradients in shards are never whole
             sync = cast("DistributedDataParallel", wrapped).no_sync() if waits else nullcontext()
             with sync, _playing(state, player):

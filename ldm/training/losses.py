@@ -39,11 +39,18 @@ def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1.0 - real.float()).mean() + F.relu(1.0 + fake.float()).mean())
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+def gradients_at(layer: Tensor, *losses: Tensor) -> Tensor:
+    """Each loss's gradient at a layer's weight, n *layer, detached; their graphs stay for backward."""
+    return torch.stack([torch.autograd.grad(loss, layer, retain_graph=True)[0] for loss in losses])
+
+
+def adaptive_weight(gradients: Tensor) -> Tensor:
     """Balance of the adversarial loss: ratio of gradient norms at the decoder's last layer, in [0, 1e4].
 
     Esser et al. 2021 (arXiv:2012.09841), Eq. 7.
+
+    Args:
+        gradients: 2 *layer, of the reconstruction's loss and of the adversarial one, over the whole global batch.
     """
-    (g_rec,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (g_adv,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (g_rec.norm() / (g_adv.norm() + 1e-4)).clamp(0.0, 1e4).detach()
+    reconstruction, adversarial = gradients
+    return (reconstruction.norm() / (adversarial.norm() + 1e-4)).clamp(0.0, 1e4)

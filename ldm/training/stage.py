@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from ldm.data.images import Batch, ImageData
 from ldm.denoiser import Denoiser
 from ldm.training import optim
+from ldm.training.cache import Keep
 from ldm.training.distributed import Rank
 from ldm.training.draws import Draws
 from ldm.training.workers import NONE, Workers
@@ -76,6 +77,10 @@ class Stage(nn.Module, ABC):
         """Modules with an optimizer of their own, updated in turn from the same batch (a GAN has two)."""
         return {"model": self.trained}
 
+    def survey(self, parts: Sequence[tuple[Batch, Draws]], player: str, step: int) -> None:
+        """Hook: see all micro-batches of this rank's step before `forward` does; not called if there is only one."""
+        del parts, player, step
+
     @abstractmethod
     def forward(self, batch: Batch, draws: Draws, player: str, step: int) -> Loss:
         """Mean loss of a micro-batch for one player at optimizer step `step` (0-based)."""
@@ -93,12 +98,14 @@ class Stage(nn.Module, ABC):
         """Hook: refuse a batch that lacks what this stage reads, before training starts. Raises: ConfigError."""
         del batch
 
-    def cached(self, data: ImageData, rank: Rank, workers: Workers = NONE) -> Dataset:
+    def cached(self, data: ImageData, rank: Rank, workers: Workers = NONE, keep: Keep | None = None) -> Dataset:
         """Hook: replace the data by precomputed inputs. Items must be collated by their own `collate`.
 
-        All ranks call it; `workers` of each read the data. Raises: signals.Stopped if one was asked to stop.
+        All ranks call it; `workers` of each read the data; `keep` is who keeps it in memory, None for as it is.
+
+        Raises: signals.Stopped if one was asked to stop.
         """
-        del rank, workers
+        del rank, workers, keep
         return data
 
     @abstractmethod

@@ -5,20 +5,21 @@ code sums over pixels and divides by the batch; here every term is divided by th
 `kl_weight` keeps its meaning and losses do not grow with the image size.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ldm.data.images import Batch
 from ldm.evaluation.fidelity import psnr
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.lpips import LPIPS
-from ldm.models.vae import VAE
+from ldm.models.vae import VAE, Posterior
 from ldm.registry import ConfigError, register
 from ldm.training.draws import Draws
-from ldm.training.losses import adaptive_weight, hinge_discriminator
+from ldm.training.losses import adaptive_weight, gradients_at, hinge_discriminator
 from ldm.training.stage import Loss, Report, Stage
 
 
@@ -34,6 +35,8 @@ class VAEStageOptions:
         disc_start: optimizer step from which the discriminator plays.
         disc_width: channels of the discriminator's first layer.
         disc_layers: its number of strided layers.
+        disc_norm: its normalisation: group, of each picture alone, or batch as published, over a rank's part of a
+            micro-batch, so that the run depends on how a batch is split.
     """
 
     kl_weight: float = 1e-6
@@ -43,6 +46,7 @@ class VAEStageOptions:
     disc_start: int = 50_001
     disc_width: int = 64
     disc_layers: int = 3
+    disc_norm: str = "group"
 
 
 @register("stage", "vae", options=VAEStageOptions)
@@ -55,7 +59,9 @@ class VAEStage(Stage):
         super().__init__()
         self.options = options
         self.vae = vae
-        self.disc = PatchDiscriminator(options.disc_width, options.disc_layers) if options.disc_weight else None
+        o = options
+        self.disc = PatchDiscriminator(o.disc_width, o.disc_layers, norm=o.disc_norm) if o.disc_weight else None
+        self.surveyed: Tensor | None = None  # `gradients_at` the last layer by the whole global batch of this step
         self.lpips = LPIPS.load(options.lpips_weights) if options.lpips_weight else None
         if self.lpips is not None:
             self.lpips.requires_grad_(False).eval()
@@ -79,40 +85,65 @@ class VAEStage(Stage):
                 "or data.buckets"
             )
 
+    def survey(self, parts: Sequence[tuple[Batch, Draws]], player: str, step: int) -> None:
+        """What the weight of the adversarial term goes by, of the whole batch. See Stage.survey."""
+        if player != "model" or not self._playing(step):
+            return
+        others = [p for p in self.vae.parameters() if p.requires_grad and p is not self.vae.last_layer]
+        for p in others:  # nothing is kept for what comes before that layer
+            p.requires_grad_(False)
+        found = [self._gradients(*self._terms(batch, draws, step)) for batch, draws in parts]
+        for p in others:
+            p.requires_grad_(True)
+        self.surveyed = _over_ranks(torch.stack(found).mean(dim=0))
+
     def forward(self, batch: Batch, draws: Draws, player: str, step: int) -> Loss:
         """Loss of one player. See Stage.forward."""
-        x = batch.image
-        z = self.vae.config.latent_channels
-        noise = draws.normal("posterior", z, *(s // self.vae.factor for s in x.shape[-2:]))
-        if player == "discriminator":
-            return self._discriminator(x, noise, step)
-        return self._autoencoder(x, noise, step)
+        return self._discriminator(batch, draws, step) if player == "discriminator" else self._vae(batch, draws, step)
 
-    def _autoencoder(self, x: Tensor, noise: Tensor, step: int) -> Loss:
-        o = self.options
-        y, posterior = self.vae(x, noise)
-        l1 = (y.float() - x).abs().mean()
-        kl = posterior.kl().mean()
-        total = l1
-        parts = {"l1": l1, "kl": kl}
+    def _playing(self, step: int) -> bool:
+        return self.disc is not None and step >= self.options.disc_start
+
+    def _reconstruct(self, batch: Batch, draws: Draws) -> tuple[Tensor, Posterior]:
+        sides = (s // self.vae.factor for s in batch.image.shape[-2:])
+        return self.vae(batch.image, draws.normal("posterior", self.vae.config.latent_channels, *sides))
+
+    def _terms(self, batch: Batch, draws: Draws, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the reconstruction, and all that is logged."""
+        y, posterior = self._reconstruct(batch, draws)
+        total = (y.float() - batch.image).abs().mean()
+        parts = {"l1": total, "kl": posterior.kl().mean()}
         if self.lpips is not None:
-            parts["lpips"] = self.lpips(x, y).mean()
-            total = total + o.lpips_weight * parts["lpips"]
-        if self.disc is not None and step >= o.disc_start:
-            adversarial = -self.disc(y).float().mean()
-            weight = o.disc_weight * adaptive_weight(total, adversarial, self.vae.last_layer)
-            total = total + weight * adversarial
-            parts |= {"adversarial": adversarial, "adversarial_weight": weight}
-        total = total + o.kl_weight * kl / x[0].numel()
-        return Loss(total, parts)
+            parts["lpips"] = self.lpips(batch.image, y).mean()
+            total = total + self.options.lpips_weight * parts["lpips"]
+        if self.disc is not None and self._playing(step):
+            parts["adversarial"] = -self.disc(y).float().mean()
+        return total, parts
 
-    def _discriminator(self, x: Tensor, noise: Tensor, step: int) -> Loss:
+    def _gradients(self, total: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        if not self.vae.last_layer.requires_grad:
+            raise ConfigError(
+                "train.trainable leaves out decoder.conv_out, at which the discriminator's loss is balanced; add it, "
+                "or set stage.disc_weight=0"
+            )
+        return gradients_at(self.vae.last_layer, total, parts["adversarial"])
+
+    def _vae(self, batch: Batch, draws: Draws, step: int) -> Loss:
+        o = self.options
+        total, parts = self._terms(batch, draws, step)
+        if self._playing(step):
+            gradients = _over_ranks(self._gradients(total, parts)) if self.surveyed is None else self.surveyed
+            parts["adversarial_weight"] = o.disc_weight * adaptive_weight(gradients)
+            total = total + parts["adversarial_weight"] * parts["adversarial"]
+        return Loss(total + o.kl_weight * parts["kl"] / batch.image[0].numel(), parts)
+
+    def _discriminator(self, batch: Batch, draws: Draws, step: int) -> Loss:
         assert self.disc is not None
-        if step < self.options.disc_start:  # not playing yet: a zero that touches its parameters
+        if not self._playing(step):  # not playing yet: a zero that touches its parameters
             return Loss(torch.stack([p.sum() for p in self.disc.parameters()]).sum() * 0.0)
         with torch.no_grad():
-            y, _ = self.vae(x, noise)
-        loss = hinge_discriminator(self.disc(x), self.disc(y))
+            y, _ = self._reconstruct(batch, draws)
+        loss = hinge_discriminator(self.disc(batch.image), self.disc(y))
         return Loss(loss, {"discriminator": loss})
 
     @torch.no_grad()
@@ -133,3 +164,11 @@ class VAEStage(Stage):
         }
         scale = 1.0 / torch.cat(latents).float().std().item()
         return Report({"psnr": torch.cat(scores).mean().item(), "scale_factor": scale}, columns)
+
+
+def _over_ranks(x: Tensor) -> Tensor:
+    """Mean over ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x

@@ -31,6 +31,7 @@ SMALL = [
 WATCHED = ["validation.data={name: synthetic, size: 16, length: 4, hints: [edge]}", "evaluation.measures.edge=palette"]
 WATCHED += ["validation.images=2", "stage.preview_steps=1", "model.unet.channels=[32,64]"]
 WATCHED += [f"model.unet.weights={ROOT}/checkpoints/tiny/unet.safetensors"]  # a fresh one gives adapters no gradient
+ADVERSARY = ["stage.disc_weight=0.5", "stage.disc_start=1", "stage.disc_width=8", "stage.disc_layers=1"]
 MODELS = ["model.vae.weights=null", "model.text.weights=null", "model.unet.channels=[16,32]", "stage.cache=false"]
 
 
@@ -65,7 +66,7 @@ def test_loss_falls_in_20_steps(what: str, tmp_path: Path) -> None:
 def test_stop_and_resume_equals_never_stopping_bit_for_bit(what: str, tmp_path: Path) -> None:
     more = ["train.batch=4", "checkpoint.every=3", "train.ema=0.9"]
     if what == "vae":
-        more += ["stage.disc_weight=0.5", "stage.disc_start=1", "stage.disc_width=8", "stage.disc_layers=1"]
+        more += ADVERSARY
     more += ["train.moments=bf16"] if what == "ldm" else []
     whole = start(what, tmp_path / "whole", "train.steps=6", *more)
     start(what, tmp_path / "parts", "train.steps=3", *more)
@@ -81,7 +82,12 @@ def test_stop_and_resume_equals_never_stopping_bit_for_bit(what: str, tmp_path: 
 @pytest.mark.ranks
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
     more = ["train.steps=3", "train.batch=4", "device=cpu", "train.ema=null", "train.threads=1"]
-    own = {"vae": more, "clip": [*more, "model.clip.image.image_size=16"], "ldm": more, "controlnet": [*more, *WATCHED]}
+    own = {
+        "vae": [*more, *ADVERSARY],
+        "clip": [*more, "model.clip.image.image_size=16"],
+        "ldm": more,
+        "controlnet": [*more, *WATCHED],
+    }
     launch_two_ranks(
         [["--config", str(TINY / f"{w}.yaml"), *overrides(w, tmp_path / f"{w}2", *own[w])] for w in own], tmp_path
     )
@@ -97,10 +103,28 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
             torch.testing.assert_close(x, y, atol=2e-5, rtol=1e-4, msg=lambda m, w=what, k=key: f"{w} {k}: {m}")
 
 
-def test_accumulation_equals_one_big_batch(tmp_path: Path) -> None:
-    start("ldm", tmp_path / "one", "train.steps=3", "train.batch=4", "train.ema=null")
-    start("ldm", tmp_path / "four", "train.steps=3", "train.batch=4", "train.micro_batch=1", "train.ema=null")
-    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+@pytest.mark.parametrize("what", ["ldm", "vae"])
+def test_accumulation_equals_one_big_batch(what: str, tmp_path: Path) -> None:
+    more = ["train.steps=3", "train.batch=4", "train.ema=null"]
+    more += ADVERSARY if what == "vae" else []
+    start(what, tmp_path / "one", *more)
+    start(what, tmp_path / "four", *more, "train.micro_batch=1")
+    one, four = figures(tmp_path / "one"), figures(tmp_path / "four")
+    assert four == pytest.approx(one, abs=1e-5, rel=1e-4)
+    assert what != "vae" or sum("adversarial_weight" in name for name in one) == 2  # it begins behind the first step
+
+
+def test_the_published_norm_of_the_discriminator_sees_parts_of_a_batch(tmp_path: Path) -> None:
+    more = ["train.steps=2", "train.batch=4", "train.ema=null", *ADVERSARY, "stage.disc_norm=batch"]
+    start("vae", tmp_path / "one", *more)
+    start("vae", tmp_path / "two", *more, "train.micro_batch=2")
+    assert figures(tmp_path / "one") != pytest.approx(figures(tmp_path / "two"), abs=1e-5, rel=1e-4)
+
+
+def test_a_discriminator_wants_the_last_layer_trained(tmp_path: Path) -> None:
+    frozen = ["train.trainable=[encoder.*]", "stage.disc_start=0"]
+    with pytest.raises(ConfigError, match=r"leaves out decoder\.conv_out, at which the discriminator"):
+        start("vae", tmp_path, "train.steps=1", "train.batch=2", *ADVERSARY, *frozen)
 
 
 def test_adapter_training_leaves_the_base_alone_and_shares_only_the_adapter(tmp_path: Path) -> None:
@@ -197,8 +221,7 @@ def test_resuming_another_architecture_is_refused_and_nothing_is_lost(tmp_path: 
     assert (done / "model.safetensors").read_bytes() == before
 
 
-DISC = ["stage.disc_weight=0.5", "stage.disc_start=0", "stage.disc_width=8", "stage.disc_layers=1"]
-FIRST = ["train.steps=1", "train.batch=2", "train.ema=0.9", *DISC]
+FIRST = ["train.steps=1", "train.batch=2", "train.ema=0.9", *ADVERSARY, "stage.disc_start=0"]
 
 
 @pytest.mark.parametrize(

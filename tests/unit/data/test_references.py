@@ -10,6 +10,7 @@ from PIL import Image
 import ldm.data  # noqa: F401  registers the readers
 from ldm.control import Control
 from ldm.data import DataError
+from ldm.data.subset import Part
 from ldm.models.vae import Posterior
 from ldm.registry import ConfigError, build
 from ldm.training.cache import Encoders, LatentData
@@ -162,12 +163,7 @@ def test_the_cache_pairs_by_sample_and_leaves_damaged_references_out(tmp_path: P
     root = made(tmp_path)
     data = folder(root, where={"split": "train"}, reference={"same": "concept"}, max_bad=0.5)
     damage(root / "flat0.png")  # sample 0: sample 1 takes its place, and lacks its only reference
-    encoders = Encoders(
-        lambda x: Posterior(x[:, :, :1, :1], x[:, :, :1, :1]),
-        lambda captions, size: Control(context=torch.zeros(len(captions), 1, 1)),
-        lambda x: {"prompt": x.mean(dim=(1, 2, 3)).view(-1, 1, 1, 1)},
-    )
-    cached = LatentData(data, encoders, ALONE)
+    cached = LatentData(data, greys(), ALONE)
     keys = [cached.key(i) for i in range(len(cached))]
     grey = {name: data.reference(str(root / name)).mean().item() for name in ("flat1.png", "noto1.png", "twemoji1.png")}
     assert set(keys) == set(grey)
@@ -175,6 +171,30 @@ def test_the_cache_pairs_by_sample_and_leaves_damaged_references_out(tmp_path: P
         drawn = {cached.load(i, torch.Generator().manual_seed(seed)) for seed in range(8)}
         found = cached.collate(list(drawn)).prompts["prompt"].flatten().tolist()
         assert sorted(found) == pytest.approx(sorted(v for name, v in grey.items() if name != key), abs=1e-3)
+
+
+def test_pictures_are_kept_until_the_set_is_encoded(tmp_path: Path) -> None:
+    root = made(tmp_path)
+    data = folder(root, where={"split": "train"}, reference={"same": "concept", "itself": True})
+
+    def found() -> list[float]:
+        return [v for x in (*data, data[0]) for v in (x.image.mean().item(), x.reference.mean().item())]
+
+    before = found()
+    for file in root.glob("*.png"):
+        Image.new("RGB", (16, 16), "white").save(file)
+    assert found() == before
+    LatentData(Part(data, 3), greys(), ALONE)
+    assert set(found()) == {1.0}  # read anew
+
+
+def greys() -> Encoders:
+    """Of everything the mean."""
+    return Encoders(
+        lambda x: Posterior(x[:, :, :1, :1], x[:, :, :1, :1]),
+        lambda captions, size: Control(context=torch.zeros(len(captions), 1, 1)),
+        lambda x: {"prompt": x.mean(dim=(1, 2, 3)).view(-1, 1, 1, 1)},
+    )
 
 
 def damage(file: Path) -> None:

@@ -46,6 +46,16 @@ def test_too_small_an_image_is_refused() -> None:
         PatchDiscriminator(layers=0)
 
 
+def test_group_norm_sees_each_picture_alone_and_batch_norm_all() -> None:
+    x = torch.rand(4, 3, 16, 16)
+    for norm, alone in (("group", True), ("batch", False)):
+        net = PatchDiscriminator(width=4, layers=1, norm=norm)
+        assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in PatchDiscriminator(4, 1).parameters())
+        assert torch.allclose(net(x)[:1], net(x[:1]), atol=1e-6) == alone
+    with pytest.raises(ValueError, match="norm is 'gruop'; allowed: batch, group; did you mean 'group'"):
+        PatchDiscriminator(norm="gruop")
+
+
 @pytest.fixture(scope="module")
 def lpips_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)

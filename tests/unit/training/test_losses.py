@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ldm.schedule import Schedule, ScheduleConfig
-from ldm.training.losses import adaptive_weight, diffusion_loss, hinge_discriminator
+from ldm.training.losses import adaptive_weight, diffusion_loss, gradients_at, hinge_discriminator
 
 SCHEDULE = Schedule(ScheduleConfig())
 
@@ -54,20 +54,21 @@ def test_hinge_by_hand() -> None:
 
 def test_adaptive_weight_is_the_ratio_of_gradient_norms() -> None:
     layer = nn.Parameter(torch.tensor([1.0, 2.0]))
-    weight = adaptive_weight((3 * layer).sum(), (2 * layer).sum(), layer)
+    gradients = gradients_at(layer, (3 * layer).sum(), (2 * layer).sum())
+    assert gradients.tolist() == [[3.0, 3.0], [2.0, 2.0]]
+    weight = adaptive_weight(gradients)
     assert weight.item() == pytest.approx(3 * math.sqrt(2) / (2 * math.sqrt(2) + 1e-4))
     assert not weight.requires_grad
 
 
 def test_adaptive_weight_is_bounded() -> None:
-    layer = nn.Parameter(torch.tensor([1.0]))
-    assert adaptive_weight(1e6 * layer.sum(), 0 * layer.sum(), layer).item() == 1e4
-    assert adaptive_weight(0 * layer.sum(), layer.sum(), layer).item() == 0.0
+    assert adaptive_weight(torch.tensor([[1e6], [0.0]])).item() == 1e4
+    assert adaptive_weight(torch.tensor([[0.0], [1.0]])).item() == 0.0
 
 
-def test_adaptive_weight_leaves_the_graph_for_backward() -> None:
+def test_gradients_at_a_layer_leave_the_graph_for_backward() -> None:
     layer = nn.Parameter(torch.tensor([1.0]))
     reconstruction, adversarial = (2 * layer).sum(), layer.sum()
-    weight = adaptive_weight(reconstruction, adversarial, layer)
+    weight = adaptive_weight(gradients_at(layer, reconstruction, adversarial))
     (reconstruction + weight * adversarial).backward()
     assert layer.grad is not None and layer.grad.item() == pytest.approx(4.0, rel=1e-3)
