@@ -103,30 +103,6 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
             torch.testing.assert_close(x, y, atol=2e-5, rtol=1e-4, msg=lambda m, w=what, k=key: f"{w} {k}: {m}")
 
 
-@pytest.mark.parametrize("what", ["ldm", "vae"])
-def test_accumulation_equals_one_big_batch(what: str, tmp_path: Path) -> None:
-    more = ["train.steps=3", "train.batch=4", "train.ema=null"]
-    more += ADVERSARY if what == "vae" else []
-    start(what, tmp_path / "one", *more)
-    start(what, tmp_path / "four", *more, "train.micro_batch=1")
-    one, four = figures(tmp_path / "one"), figures(tmp_path / "four")
-    assert four == pytest.approx(one, abs=1e-5, rel=1e-4)
-    assert what != "vae" or sum("adversarial_weight" in name for name in one) == 2  # it begins behind the first step
-
-
-def test_the_published_norm_of_the_discriminator_sees_parts_of_a_batch(tmp_path: Path) -> None:
-    more = ["train.steps=2", "train.batch=4", "train.ema=null", *ADVERSARY, "stage.disc_norm=batch"]
-    start("vae", tmp_path / "one", *more)
-    start("vae", tmp_path / "two", *more, "train.micro_batch=2")
-    assert figures(tmp_path / "one") != pytest.approx(figures(tmp_path / "two"), abs=1e-5, rel=1e-4)
-
-
-def test_a_discriminator_wants_the_last_layer_trained(tmp_path: Path) -> None:
-    frozen = ["train.trainable=[encoder.*]", "stage.disc_start=0"]
-    with pytest.raises(ConfigError, match=r"leaves out decoder\.conv_out, at which the discriminator"):
-        start("vae", tmp_path, "train.steps=1", "train.batch=2", *ADVERSARY, *frozen)
-
-
 def test_adapter_training_leaves_the_base_alone_and_shares_only_the_adapter(tmp_path: Path) -> None:
     before = start("ldm", tmp_path / "ldm", "train.steps=2", "train.batch=4")
     base = [f"model.unet.weights={tmp_path / 'ldm'}"]
@@ -294,26 +270,6 @@ def test_parameters_are_told_apart_by_name(tmp_path: Path) -> None:
         start("vae", tmp_path, *FIRST, "train.steps=2")
 
 
-def test_the_discriminator_gets_no_gradient_from_the_generators_loss(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, counts = optim.adamw, []
-
-    def counting(parameters, cfg):
-        parameters, i = list(parameters), len(counts)
-        counts.append(0)
-
-        def count(_: torch.Tensor) -> None:
-            counts[i] += 1
-
-        parameters[0].register_post_accumulate_grad_hook(count)
-        return real(parameters, cfg)
-
-    monkeypatch.setattr(optim, "adamw", counting)
-    start("vae", tmp_path, *FIRST, "train.steps=3")
-    assert counts == [3, 3]
-
-
 def test_adapter_runs_can_be_started_from_adapter_runs(tmp_path: Path) -> None:
     first = start("controlnet", tmp_path / "one", "train.steps=1", "train.ema=null")
     again = ["train.steps=1", "train.ema=null", "train.lr=0", f"train.init_from={tmp_path / 'one'}"]
@@ -353,11 +309,6 @@ def test_a_full_gpu_is_one_line_with_the_way_out(tmp_path: Path, monkeypatch: py
     with pytest.raises(ConfigError, match=r"lower train\.micro_batch .*train\.checkpoint_activations=true") as caught:
         start("vae", tmp_path, *FIRST)
     assert "\n" not in str(caught.value)
-
-
-def test_contrastive_training_refuses_to_split_its_batch(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="contrasts the samples of a batch"):
-        start("clip", tmp_path, "train.steps=1", "train.micro_batch=4", "model.clip.image.image_size=16")
 
 
 def test_what_validation_would_refuse_is_refused_at_the_start(tmp_path: Path) -> None:
