@@ -3,13 +3,16 @@
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ldm.control import Control
 from ldm.models.unet import UNet, UNetConfig, UNetSpec
+from ldm.training import checkpoint
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -71,3 +74,21 @@ def figures(run: Path) -> dict[str, float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = {f"{line['step']} {name}": value for line in lines for name, value in line.items()}
     return {name: value for name, value in found.items() if not name.endswith(("images_per_s", "data_wait"))}
+
+
+def unlike(a: Path, b: Path) -> list[str]:
+    """What of two complete checkpoints is not the same bit for bit: weights to share, and all of the training state."""
+    files = [{file.name: load_file(file) for file in sorted(folder.rglob("*.safetensors"))} for folder in (a, b)]
+    states = [checkpoint.read_state(folder) for folder in (a, b)]
+    named: list[dict[str, Any]] = []
+    for found, state in zip(files, states, strict=True):
+        kept = {key: value for key, value in state.items() if key not in ("config", "cwd")}
+        leaves, _ = pytree.tree_flatten_with_path({"files": found, **kept})
+        named.append({pytree.keystr(path): leaf for path, leaf in leaves})
+    return [name for name in sorted({**named[0], **named[1]}) if not _equal(*(found.get(name) for found in named))]
+
+
+def _equal(x: object, y: object) -> bool:
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        return x.dtype == y.dtype and torch.equal(x, y)
+    return type(x) is type(y) and x == y
