@@ -67,6 +67,7 @@ class TrainConfig:
     compile: bool = False  # torch.compile each UNet block: faster steps, minutes of compiling at the first
     workers: int = 0  # data-loading processes per rank
     worker_timeout: float = 600.0  # seconds to wait for a batch of theirs before the run ends; 0 waits for ever
+    rank_timeout: float = 1800.0  # seconds to wait for another rank before the run ends; rank 0 validates alone
     threads: int | None = None  # torch CPU threads per rank; null = torch's default
     max_nonfinite: int = 10  # abort after this many steps in a row whose gradients were not finite
     init_from: str | None = None  # weights to start from (safetensors of the trained part); never a resume
@@ -192,6 +193,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **{f"sample.{key}": (1, math.inf) for key in ("height", "width", "batch", "tile", "clip_skip")},
     **dict.fromkeys(("train.lr", "train.warmup", "train.weight_decay", "train.clip", "train.workers"), (0, math.inf)),
     **dict.fromkeys(("seed", "checkpoint.keep_last", "train.worker_timeout"), (0, math.inf)),
+    "train.rank_timeout": (1, 1e9),
     **dict.fromkeys(("train.betas", "train.ema"), (0, 1)),
 }  # key -> at least, below; null is allowed where the key allows it
 _PRECISIONS = ("fp32", "bf16", "fp16")

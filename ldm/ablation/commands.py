@@ -34,20 +34,13 @@ def tables(path: Path, overrides: Sequence[str], out: Path, seeds: int | None, *
     for table in found:
         table_module.check(table)
     texts: list[str] = []
-    with distributed.session(_device(found), _threads(found)) as rank:
+    base = found[0].rows[0].base
+    with distributed.session(base.device, base.train.threads, base.train.rank_timeout) as rank:
         for table in found:
             run.execute(table, out, rank)
             if rank.main:
                 texts.append(f"{table.name}\n\n{(run.folder(table, out) / 'table.md').read_text(encoding='utf-8')}")
     return "\n".join(texts)
-
-
-def _device(found: Sequence[table_module.Table]) -> str:
-    return found[0].rows[0].base.device
-
-
-def _threads(found: Sequence[table_module.Table]) -> int | None:
-    return found[0].rows[0].base.train.threads
 
 
 def _dry_run(table: table_module.Table, out: Path) -> str:

@@ -69,7 +69,7 @@ def evaluate_folder(config: RunConfig, folder: Path, reference: Path | None = No
 
     Raises: ConfigError if nothing is to be measured, or pictures, captions or real pictures are lacking.
     """
-    with distributed.session(config.device, config.train.threads) as rank:
+    with distributed.session(config.device, config.train.threads, config.train.rank_timeout) as rank:
         measured = plan_without(ARM, config, paired=reference is not None)
         if measured is None:
             raise ConfigError("neither evaluation.pictures nor evaluation.sets is set: say what to measure")

@@ -50,7 +50,7 @@ def evaluate(config: RunConfig) -> Evaluation:
     """
     if config.grid:
         raise ConfigError(f"grid has {', '.join(config.grid)}, but only sample.py sweeps; drop it for evaluation.arms")
-    with distributed.session(config.device, config.train.threads) as rank:
+    with distributed.session(config.device, config.train.threads, config.train.rank_timeout) as rank:
         torch.manual_seed(config.seed)  # of what has no weights, an untrained backbone say: as it was in training
         stage = build.stage(config)
         choose_trainable(stage, config.train.trainable)  # what the run exported

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldm.registry import ConfigError
 
 T = TypeVar("T")
-PATIENCE: Final = timedelta(minutes=30)  # for a rank that hangs: longer than any validation by rank 0 alone
+PATIENCE: Final = 1800.0  # seconds for a rank that hangs: longer than most validations by rank 0 alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 @contextmanager
-def session(device: str = "auto", threads: int | None = None) -> Iterator[Rank]:
+def session(device: str = "auto", threads: int | None = None, patience: float = PATIENCE) -> Iterator[Rank]:
     """Join the process group that torchrun's environment describes, or run alone; leave it at the end.
 
     A group that this process is in already serves as it is, and stays: several runs may follow each other in one.
@@ -95,8 +95,9 @@ def session(device: str = "auto", threads: int | None = None) -> Iterator[Rank]:
     Args:
         device: auto | cpu | cuda.
         threads: torch CPU threads of this process; None keeps torch's default.
+        patience: seconds that a rank waits for another one in a group that is joined here.
 
-    Raises: ConfigError if the ranks do not find each other, another one has ended, or has not answered for `PATIENCE`.
+    Raises: ConfigError if the ranks do not find each other, another one has ended, or has not answered for `patience`.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -107,25 +108,36 @@ def session(device: str = "auto", threads: int | None = None) -> Iterator[Rank]:
         torch.cuda.set_device(rank.device)
     joins = world > 1 and not dist.is_initialized()
     if joins:
-        _join(rank)
+        _join(rank, timedelta(seconds=patience))
     try:
         yield rank
     except RuntimeError as error:
         if not is_lost(error):
             raise
-        raise ConfigError(
-            f"rank {rank.index} of {world} has lost another rank ({str(error).splitlines()[0]}): its own message says "
-            "why, if it could give one; the same command continues at the newest checkpoint"
-        ) from error
+        raise ConfigError(_loss(rank, str(error).splitlines()[0], patience)) from error
     finally:
         if joins:
             dist.destroy_process_group()
 
 
-def _join(rank: Rank) -> None:
+def _loss(rank: Rank, said: str, patience: float) -> str:
+    """One line about a collective call that failed with what torch said."""
+    continues = "the same command continues at the newest checkpoint"
+    if "Timed out" in said:
+        return (
+            f"rank {rank.index} of {rank.world} has waited {patience:g} s for another rank (train.rank_timeout), which "
+            f"hangs, or does what takes longer: raise it then, or else look at that rank's machine; {continues}"
+        )
+    return (
+        f"rank {rank.index} of {rank.world} has lost another rank ({said}): its own message says why, if it could give "
+        f"one; {continues}"
+    )
+
+
+def _join(rank: Rank, patience: timedelta) -> None:
     """Meet the other ranks. Raises: ConfigError if the environment lacks where, the port is taken, or one is absent."""
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if rank.device.type == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if rank.device.type == "cuda" else "gloo", timeout=patience)
     except (RuntimeError, ValueError) as error:
         address, port = (os.environ.get(f"MASTER_{what}", "unset") for what in ("ADDR", "PORT"))
         raise ConfigError(

@@ -44,7 +44,7 @@ def train(config: RunConfig) -> Path:
     try:
         with (
             _deterministic(config.deterministic),
-            distributed.session(config.device, config.train.threads) as rank,
+            distributed.session(config.device, config.train.threads, config.train.rank_timeout) as rank,
             metrics.held(Path(config.run.dir), rank),
         ):
             torch.manual_seed(config.seed)  # initial weights; everything later draws from (seed, purpose, position)

@@ -26,8 +26,8 @@ UNREAD = ("run", "sample", "grid", "out", "train.allow_changes")  # training doe
 FREE = (  # in these a run may differ when it goes on, and says so: what is computed stays the same but for rounding
     *("checkpoint", "log", "validation", "evaluation", "device", "deterministic", "train.steps", "train.init_from"),
     *("train.micro_batch", "train.shard", "train.checkpoint_activations", "train.workers", "train.worker_timeout"),
-    *("train.threads", "train.max_nonfinite", "train.compile", "stage.preview_steps", "stage.preview_guidance"),
-    "stage.cache_dir",
+    *("train.rank_timeout", "train.threads", "train.max_nonfinite", "train.compile"),
+    *("stage.preview_steps", "stage.preview_guidance", "stage.cache_dir"),
     *("data.memory", "data.max_bad"),
 )
 SAVED = {"step", "skipped", "config", "names", "parameters", "buffers", "optimizers", "ema", "scaler"}

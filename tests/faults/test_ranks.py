@@ -46,11 +46,35 @@ def test_a_rank_that_dies_in_a_step_ends_the_other_in_one_line_and_the_run_goes_
     assert last_line(said).startswith("error: rank 0 of 2 has lost another rank (")
     assert last_line(said).endswith("the same command continues at the newest checkpoint")
     ranks[1].communicate()
-    kept = checkpoint.latest_sound(tmp_path)
-    assert kept is not None and logged(tmp_path) - int(kept.name[5:]) <= 2
-    steps = logged(tmp_path) + 2
+    goes_on(words, tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_a_rank_that_hangs_in_a_step_is_not_waited_for_beyond_the_limit(shard: str, tmp_path: Path) -> None:
+    words = ["scripts/train.py", *CONFIG, "train.decay=constant", f"run.dir={tmp_path}", f"train.shard={shard}"]
+    ranks = start_ranks([*words, "train.steps=100000", "checkpoint.every=2", "train.rank_timeout=15"], 2)
+    while logged(tmp_path) < 5 and ranks[0].poll() is None:
+        time.sleep(0.02)
+    begun = time.monotonic()
+    ranks[1].send_signal(signal.SIGSTOP)
+    said = ranks[0].communicate(timeout=120)[1]
+    assert 10 < time.monotonic() - begun < 60
+    assert ranks[0].returncode == 2 and "Traceback" not in said.decode()
+    assert last_line(said).startswith("error: rank 0 of 2 has waited 15 s for another rank (train.rank_timeout), which")
+    assert ranks[1].poll() is None  # it hangs
+    ranks[1].send_signal(signal.SIGCONT)
+    said = ranks[1].communicate(timeout=120)[1]
+    assert ranks[1].returncode == 2 and last_line(said).startswith("error: rank 1 of 2 has lost another rank (")
+    goes_on(words, tmp_path)
+
+
+def goes_on(words: list[str], run: Path) -> None:
+    """The same command, of two more steps, continues at the newest checkpoint, which is an interval old at most."""
+    kept = checkpoint.latest_sound(run)
+    assert kept is not None and logged(run) - int(kept.name[5:]) <= 2
+    steps = logged(run) + 2
     finish(start_ranks([*words, f"train.steps={steps}"], 2))
-    newest = checkpoint.latest_sound(tmp_path)
+    newest = checkpoint.latest_sound(run)
     assert newest is not None and newest.name == f"step-{steps:08d}"
 
 
