@@ -282,8 +282,8 @@ def _joined(found: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def _gather(parts: Rows, rows: Sequence[int]) -> dict[str, Tensor]:
     """Tensors of these rows, stacked."""
-    found = [(parts[row // PART].tensors, row % PART) for row in rows]
-    return {name: torch.stack([tensors[name][i] for tensors, i in found]) for name in found[0][0]}
+    found = [parts[row // PART].row(row % PART) for row in rows]
+    return {name: torch.stack([row[name] for row in found]) for name in found[0]}
 
 
 def _given(base: Control) -> dict[str, Tensor]:

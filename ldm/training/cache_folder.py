@@ -1,12 +1,13 @@
 """An encoded data set on disk: safetensors parts, made by all ranks together, and a manifest that says of what.
 
     manifest.json               what it was made from (ldm.training.cache_key), whether it is complete, sizes of files
-    images-00000.safetensors    rows 0 to PART - 1: mean, std, hints; keys and captions in the header
+    images-00000.safetensors    rows 0 to PART - 1: mean, std, hints; keys, captions and sums of rows in the header
     texts-00000.safetensors     text conditions, each caption once
     prompts-00000.safetensors   features of image prompts, each picture once
     index.safetensors           image -> rows of its caption and references
 
-Parts are mapped, not read: a row that is asked for comes from the disk, or from the system's memory of it.
+Parts are mapped, not read: a row that is asked for comes from the disk, or from the system's memory of it. The first
+time that a process asks for a row, it is compared with its sum.
 """
 
 import contextlib
@@ -14,11 +15,13 @@ import json
 import logging
 import os
 import time
+import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -33,15 +36,44 @@ PART: Final = 256  # rows that are lost at most, per rank, when a build is kille
 FORMAT: Final = "1"  # goes up when the same key would stand for other numbers
 MANIFEST: Final = "manifest.json"
 INDEX: Final = "index"
+WORDS: Final = ("keys", "captions", "read")  # of rows, in a part's header
+SUMS: Final = "crc32"  # of rows, beside them
 _NEW: Final = ".new"  # ending of what is not whole yet
+
+
+class Sums:
+    """CRC-32 of a file's rows, tensors and all words: they find what a disk did to it, not what an attacker did."""
+
+    def __init__(self, path: Path, said: Mapping[str, str]) -> None:
+        """Args: said: the file's header. One without sums, as they were before, counts as sound."""
+        self.path = path
+        self._sums: list[int] = json.loads(said.get(SUMS, "[]"))
+        self._begun = _begun(said)
+        self._trusted: set[int] = set()
+
+    def check(self, number: int, row: Mapping[str, Tensor]) -> None:
+        """Compare a row with its sum, once. Raises: ConfigError if it is not what was written."""
+        if not self._sums or number in self._trusted:
+            return
+        if _sum(row, self._begun) != self._sums[number]:
+            raise _damaged(self.path, f"row {number} is not what was written")
+        self._trusted.add(number)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """Up to PART rows: tensors n ... by name, and words of each row."""
+    """Up to PART rows: tensors n ... by name, words of each row, and sums where it is a file."""
 
     tensors: dict[str, Tensor]
     words: dict[str, list[str]] = field(default_factory=dict)
+    sums: Sums | None = None
+
+    def row(self, number: int) -> dict[str, Tensor]:
+        """A row's tensors, by name. Raises: as `Sums.check`."""
+        found = {name: x[number] for name, x in self.tensors.items()}
+        if self.sums is not None:
+            self.sums.check(number, found)
+        return found
 
 
 pytree.register_dataclass(Part)
@@ -119,9 +151,10 @@ class Folder:
             for i, part in signals.heeding(zip(mine, made, strict=True), self.rank, kept):
                 room = sum(x.nbytes for x in part.tensors.values()) * len(missing) if i == missing[0] else 0
                 words = {word: json.dumps(rows, ensure_ascii=False) for word, rows in part.words.items()}
-                self._write(_path(self.path, name, i), part.tensors, words, room)
+                sums = [_sum(part.row(row), _begun(words)) for row in range(len(every[i]))]
+                self._write(_path(self.path, name, i), part.tensors, words | {SUMS: json.dumps(sums)}, room)
             failing.pop_all()
-        return Parts(self.path, name, ("keys", "captions", "read"))
+        return Parts(self.path, name, WORDS)
 
     def parts(self, name: str) -> Parts:
         """Those of a complete cache, with the keys of their samples."""
@@ -130,7 +163,8 @@ class Folder:
     def finish(self, index: Mapping[str, Tensor]) -> None:
         """Write the index, and mark the cache complete. Raises: as `section`."""
         if self.rank.main:
-            self._write(self.path / f"{INDEX}.safetensors", index, {}, 0)
+            sums = [_sum(index, _begun({}))]  # one row
+            self._write(self.path / f"{INDEX}.safetensors", index, {SUMS: json.dumps(sums)}, 0)
             sizes = {path.name: path.stat().st_size for path in sorted(self.path.glob("*.safetensors"))}
             self._say({**self._manifest, "complete": True, "bytes": sizes})
             self._lock.close()
@@ -139,8 +173,11 @@ class Folder:
         self.rank.any(False)
 
     def index(self) -> dict[str, Tensor]:
-        """What `finish` was given. Raises: ConfigError if it cannot be read."""
-        return _read(self.path / f"{INDEX}.safetensors", ()).tensors
+        """What `finish` was given. Raises: ConfigError if it cannot be read, or is not what was written."""
+        part = _read(self.path / f"{INDEX}.safetensors", ())
+        assert part.sums is not None
+        part.sums.check(0, part.tensors)
+        return part.tensors
 
     def _opened(self, key: Callable[[], Mapping[str, str]]) -> bool:
         """Whether the cache is complete; if not, it is begun. Raises: ConfigError, or OSError of the data's files."""
@@ -219,12 +256,28 @@ def _read(path: Path, words: Sequence[str]) -> Part:
     """What a file holds, mapped. Raises: ConfigError if its header is damaged."""
     try:
         said = checkpoint.read_metadata(path)
-        return Part(files.read(path), {word: json.loads(said[word]) for word in words if word in said})
+        found = {word: json.loads(said[word]) for word in words if word in said}
+        return Part(files.read(path), found, Sums(path, said))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{path} of stage.cache_dir is damaged ({reason}); remove that file and start again: it is made anew"
-        ) from error
+        raise _damaged(path, str(error).splitlines()[0]) from error
+
+
+def _damaged(path: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{path} of stage.cache_dir is damaged ({reason}); remove that file and start again: it is made anew"
+    )
+
+
+def _begun(words: Mapping[str, str]) -> int:
+    """Sum of the words of a part, as its header says them, with which that of each row begins."""
+    return zlib.crc32("\n".join(words.get(word, "") for word in WORDS).encode())
+
+
+def _sum(row: Mapping[str, Tensor], begun: int) -> int:
+    """Sum of tensors and their names."""
+    for name, x in sorted(row.items()):
+        begun = zlib.crc32(x.contiguous().view(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), begun))
+    return begun
 
 
 def _path(folder: Path, name: str, number: int) -> Path:

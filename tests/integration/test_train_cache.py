@@ -117,6 +117,20 @@ def test_a_worker_that_hangs_while_encoding_ends_the_run_in_one_line(
         start(tmp_path, "data.length=16", "train.workers=1", "train.worker_timeout=1")
 
 
+def test_a_flipped_bit_that_a_worker_reads_ends_the_run_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["data.length=16", f"stage.cache_dir={tmp_path / 'cache'}"]
+    start(tmp_path / "first", *more, "train.steps=1")
+    part = tmp_path / "cache" / "images-00000.safetensors"
+    content = part.read_bytes()
+    part.write_bytes(content[:-5] + bytes([content[-5] ^ 16]) + content[-4:])
+    with pytest.raises(SystemExit) as ended:  # in the four steps of an epoch, which read every row
+        train.main(["--config", str(LDM), f"run.dir={tmp_path / 'run'}", *SMALL, *more, "train.workers=1"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and said.startswith(f"error: {part} of stage.cache_dir is damaged (row 15 is not what")
+
+
 def test_a_run_goes_on_with_its_data_in_another_place(tmp_path: Path) -> None:
     small = ["data.length=16", "train.steps=2"]
     whole = start(tmp_path / "whole", *small)

@@ -287,3 +287,50 @@ def test_parts_are_mapped_not_read(tmp_path: Path) -> None:
 def test_a_folder_without_the_cache_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"stage.cache_dir is 'x' and stage.cache False; a folder needs stage.cache"):
         DiffusionOptions(cache_dir="x")
+
+
+@pytest.mark.parametrize("name", ["images-00001", "texts-00000", "prompts-00000", "index"])
+def test_a_flipped_bit_is_found_when_it_is_asked_for_and_its_file_is_made_anew(
+    name: str, root: Path, tmp_path: Path
+) -> None:
+    good = batch(cached(stage(tmp_path / "cache"), data(root)))
+    part = tmp_path / "cache" / f"{name}.safetensors"
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    message = rf"{name}\.safetensors of stage.cache_dir is damaged \(row \d is not what was written\); remove that file"
+    with pytest.raises(ConfigError, match=message):
+        of = cached(stage(tmp_path / "cache"), data(root))
+        of.collate([of.load(i) for i in range(7)])
+    part.unlink()
+    again = batch(cached(stage(tmp_path / "cache"), data(root)))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(good), tensors(again), strict=True))
+
+
+def test_a_letter_changed_in_a_header_that_stays_valid_is_found(root: Path, tmp_path: Path) -> None:
+    part = tmp_path / "cache" / "images-00000.safetensors"
+    assert part.read_bytes().count(b"picture 2") == 1
+    part.write_bytes(part.read_bytes().replace(b"picture 2", b"picture 3"))
+    with pytest.raises(
+        ConfigError, match=r"images-00000\.safetensors of .* is damaged \(row 0 is not what was written"
+    ):
+        cached(stage(tmp_path / "cache"), data(root)).collate([(0, 0)])
+
+
+def test_a_row_is_summed_up_once_and_parts_without_sums_count_as_sound(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summed: list[int] = []
+    real = cache_folder._sum
+    monkeypatch.setattr(cache_folder, "_sum", lambda row, begun: (summed.append(1), real(row, begun))[1])
+    of = cached(stage(tmp_path / "cache"), data(root))
+    first = [len(summed), batch(of) and len(summed), batch(of) and len(summed)]
+    assert first[0] == 1 and first[1] > 5 and first[2] == first[1]  # the index; rows; none again
+    for file in (tmp_path / "cache").glob("*.safetensors"):  # as they were before sums
+        said = {k: v for k, v in cache_folder.checkpoint.read_metadata(file).items() if k not in ("crc32", "format")}
+        found = {name: x.clone() for name, x in files.read(file).items()}
+        size = file.stat().st_size
+        files.write(file, found, said | {"pad": " " * (size - files.write(file, found, said | {"pad": ""}))})
+        assert file.stat().st_size == size
+    old = cached(stage(tmp_path / "cache"), data(root))
+    assert batch(old).keys == batch(of).keys and len(summed) == first[1]
