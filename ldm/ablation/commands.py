@@ -8,7 +8,7 @@ from typing import Final
 from ldm.ablation import compare, report, run
 from ldm.ablation import table as table_module
 from ldm.registry import ConfigError
-from ldm.training import distributed, estimate
+from ldm.training import distributed, estimate, signals
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,8 @@ def tables(path: Path, overrides: Sequence[str], out: Path, seeds: int | None, *
         dry_run: build every row without memory, list what there is to do, and estimate each training's memory.
 
     Returns: the tables, as Markdown, or the list.
-    Raises: ConfigError before anything is trained if any table does not fit.
+    Raises: ConfigError before anything is trained if any table does not fit; signals.Stopped if it was asked to stop
+        before the last run was done.
     """
     budget = next((item.partition("=")[2] for item in reversed(overrides) if item.startswith("budget=")), "short")
     keys = [item for item in overrides if not item.startswith("budget=")]
@@ -35,7 +36,10 @@ def tables(path: Path, overrides: Sequence[str], out: Path, seeds: int | None, *
         table_module.check(table)
     texts: list[str] = []
     base = found[0].rows[0].base
-    with distributed.session(base.device, base.train.threads, base.train.rank_timeout) as rank:
+    with (
+        signals.listening(),
+        distributed.session(base.device, base.train.threads, base.train.rank_timeout) as rank,
+    ):
         for table in found:
             run.execute(table, out, rank)
             if rank.main:

@@ -65,7 +65,7 @@ def _figures(run: Path) -> Figures:
 def _pictures(a: Path, b: Path, out: Path) -> str:
     """Write both runs' newest grids of one sort beside each other. Returns: a line about it."""
     for sort in ("eval/grid.png", "images/*.png"):
-        newest = [max(run.glob(sort), default=None, key=lambda p: p.name) for run in (a, b)]
+        newest = [max(run.glob(sort), default=None, key=lambda p: (len(p.name), p.name)) for run in (a, b)]
         if all(newest):
             break
     else:

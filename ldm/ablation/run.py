@@ -15,7 +15,7 @@ from ldm.ablation.table import Row, Table, run_name, trains
 from ldm.config import RunConfig, RunDir
 from ldm.evaluation.run import evaluate
 from ldm.sampling.output import write_file
-from ldm.training import checkpoint, run
+from ldm.training import checkpoint, run, signals
 from ldm.training.distributed import Rank
 
 log = logging.getLogger(__name__)
@@ -51,11 +51,14 @@ def execute(table: Table, out: Path, rank: Rank) -> list[Result]:
     there by rank 0 after every row, so that what is there is always the table of what is done.
 
     The table should have been looked at before (`ldm.ablation.table.check`).
+
+    Raises: signals.Stopped if any rank was asked to stop, behind the step or picture that it is at, or ahead of a run.
     """
     found: list[Result] = []
     total = len(table.rows) * len(table.seeds)
     for row in table.rows:
         for seed in table.seeds:
+            signals.heed(rank, f"with {len(found)} of {total} runs of {table.name} done, which are kept")
             result = _measured(table, row, seed, out, rank)
             found.append(result)
             figures = ", ".join(f"{name} {figure.mean:.4g}" for name, figure in result.figures.items())
@@ -91,6 +94,7 @@ def _measured(table: Table, row: Row, seed: int, out: Path, rank: Rank) -> Resul
         where = out / table.budget / RUNS / run_name(row, seed)
         if not rank.told(_trained(where, trained)):
             run.train(replace(_sharing(trained, out / table.budget / INPUTS), run=RunDir(str(where))))
+    signals.heed(rank, f"before measuring {row.name} of {table.name}; its training is kept")
     middle = time.perf_counter()
     record = evaluate(replace(drawn, run=RunDir(str(where)))).record()
     seconds = {"train": round(middle - clock, 1), "measure": round(time.perf_counter() - middle, 1)}

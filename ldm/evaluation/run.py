@@ -24,7 +24,7 @@ from ldm.evaluation.sets import Truth
 from ldm.guidance import GuidanceConfig
 from ldm.precision import autocast
 from ldm.registry import ConfigError
-from ldm.training import checkpoint, distributed
+from ldm.training import checkpoint, distributed, signals
 from ldm.training.diffusion import DiffusionStage
 from ldm.training.distributed import Rank
 from ldm.training.stage import Stage, choose_trainable
@@ -46,7 +46,8 @@ def evaluate(config: RunConfig) -> Evaluation:
     Under torchrun the items are shared out; every rank returns the same, the first one writes.
 
     Raises: ConfigError if the config has no stage, no held-out data, no weights or a `grid:`, `evaluation:` does not
-        fit, a metric needs more pictures, or the folder cannot be written.
+        fit, a metric needs more pictures, or the folder cannot be written; signals.Stopped where the caller listens to
+        signals and any rank was asked to stop.
     """
     if config.grid:
         raise ConfigError(f"grid has {', '.join(config.grid)}, but only sample.py sweeps; drop it for evaluation.arms")
@@ -193,6 +194,7 @@ def _obedience(stage: Stage, measured: Plan, data: ImageData, config: RunConfig,
     items, batch = config.validation.items, config.sample.batch
     batches = held_out(data, items, batch, rank.device, rank.part)
     shown = (_reworded(b, config.evaluation.captions) for b in tqdm(batches, desc="obedience", disable=not rank.main))
+    shown = signals.heeding(shown, rank, "while measuring, of which nothing is kept")
     first = rank.part(-(-len(spread(data, items)) // batch)).start * batch
     if isinstance(stage, VAEStage):
         how = (lambda batch: {}), functools.partial(_reconstruction, stage)

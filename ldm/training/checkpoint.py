@@ -88,7 +88,7 @@ def save(
         raise ConfigError(
             f"checkpoint {target} could not be written ({reason(error)}); older ones are intact: make room and retry"
         ) from error
-    for old in keep.dropped([folder for folder in complete(run) if folder.name <= target.name]):
+    for old in keep.dropped([folder for folder in complete(run) if _step(folder) <= step]):
         _drop(old)
     return target
 
@@ -129,7 +129,7 @@ def _drop(folder: Path) -> None:
 
 def clear(run: Path) -> None:
     """Remove what killed saves left of checkpoints; nobody else may be writing any."""
-    for left in (run / "checkpoints").glob(f"step-????????{TEMPORARY}"):
+    for left in (run / "checkpoints").glob(f"step-*{TEMPORARY}"):
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -212,7 +212,8 @@ def flush(path: Path) -> None:
 
 def complete(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(p.parent for p in (run / "checkpoints").glob(f"step-????????/{MARKER}"))
+    found = [path.parent for path in (run / "checkpoints").glob(f"step-*/{MARKER}")]
+    return sorted((folder for folder in found if folder.name.removeprefix("step-").isdecimal()), key=_step)
 
 
 def latest(run: Path) -> Path | None:

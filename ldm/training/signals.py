@@ -43,12 +43,13 @@ def asked() -> str:
 def listening() -> Iterator[None]:
     """Note SIGNALS instead of dying of them; in a thread that may not handle signals, nothing is noted.
 
+    Within itself it changes nothing: what was asked between two runs counts for the next one.
     From the end of the process's program on they are ignored: its exit code is decided.
     """
-    _ASKED.name = ""
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(SIGNALS[0]) is _ASKED:
         yield
         return
+    _ASKED.name = ""
     atexit.unregister(_ignore)
     atexit.register(_ignore)
     before = {number: signal.signal(number, _ASKED) for number in SIGNALS}

@@ -1,11 +1,14 @@
 """scripts/ablate.py end to end: a table of the tiny model, interrupted and gone on with."""
 
 import csv
+import signal
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from ldm.ablation import run
+from ldm.training import signals
 from scripts import ablate
 from tests.ranks import finish, start_ranks
 
@@ -94,6 +97,46 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ablate.main(["--config", str(table), *words])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "said", "done"),
+    [
+        (run.results, "write", "with 1 of 3 runs of some/conv done, which are kept", 2),  # between two runs
+        (run.run, "train", "before measuring zero of some/conv; its training is kept", 0),  # behind the last step
+        pytest.param(run, "evaluate", "while measuring, of which nothing is kept", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_between_trainings_ends_the_table_with_its_code(
+    module: ModuleType,
+    name: str,
+    said: str,
+    done: int,
+    table: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ["--config", str(table), "budget=smoke", "validation.items=2", "train.steps=1", "--out", str(tmp_path)]
+    real = getattr(module, name)
+    handlers = [signal.getsignal(number) for number in signals.SIGNALS]
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        if name == "evaluate":
+            signal.raise_signal(signal.SIGTERM)
+        result = real(*args, **kwargs)
+        signal.raise_signal(signal.SIGTERM)
+        return result
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        patch.setattr(module, name, interrupted)
+        patch.setattr("ldm.ablation.table.check", lambda table: None)  # of which other tests are
+        ablate.main(words)
+    assert exit_.value.code == 75
+    assert capsys.readouterr().err.endswith(f"stopped by SIGTERM {said}: the same command goes on from there\n")
+    assert [signal.getsignal(number) for number in signals.SIGNALS] == handlers
+    file = tmp_path / "smoke" / "some" / "conv" / "table.csv"
+    assert (len(read(tmp_path)) - 1 if file.exists() else 0) == done
 
 
 @pytest.mark.ranks

@@ -98,6 +98,19 @@ def test_only_the_newest_complete_checkpoints_are_kept(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoints" / "step-00000020"
 
 
+def test_checkpoints_are_found_and_ordered_by_number_beyond_eight_digits(tmp_path: Path) -> None:
+    for step in (99_999_998, 99_999_999, 100_000_000, 1_000_000_000):
+        write(tmp_path, step, keep=0)
+    (tmp_path / "checkpoints" / "step-2000000000.tmp").mkdir()
+    (tmp_path / "checkpoints" / "step-1000000000").rename(tmp_path / "checkpoints" / "step-1000000000.damaged")
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoints" / "step-100000000"
+    write(tmp_path, 100_000_001, keep=2)
+    assert steps(tmp_path) == [100_000_000, 100_000_001]
+    checkpoint.clear(tmp_path)
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert left == {"step-100000000", "step-100000001", "step-1000000000.damaged"}
+
+
 def steps(run: Path) -> list[int]:
     return [int(folder.name[5:]) for folder in checkpoint.complete(run)]
 
