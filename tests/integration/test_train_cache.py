@@ -22,6 +22,7 @@ from ldm.training import run
 from ldm.training.cache import _Build
 from ldm.training.cache_folder import Part
 from scripts import train
+from tests.ranks import finish, start_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 LDM = ROOT / "configs" / "train" / "tiny" / "ldm.yaml"
@@ -60,6 +61,49 @@ def test_two_ranks_make_one_cache_and_train_like_one_from_memory(tmp_path: Path)
     assert all(0 <= line["data_wait"] <= 1 for line in one)
     with pytest.raises(ConfigError, match=r"cache was made with other data.seed \(was 0, is 1\)"):
         start(tmp_path / "other", cached, "data.seed=1")
+
+
+STOPPING = """
+import os, signal, sys
+sys.path.insert(0, ROOT)
+from ldm.training import cache, cache_folder
+from scripts import train
+
+cache.PART = cache_folder.PART = 8
+real = cache._Build._encoded
+def encoded(self, batches):
+    made = real(self, batches)
+    with open(f"{sys.argv[1]}-{self.rank.index}", "a") as file:
+        file.write("part\\n")
+    if self.rank.index == 1 and sys.argv[2] == "stopped":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return made
+cache._Build._encoded = encoded
+train.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("kept", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_signal_to_one_of_two_ranks_that_encode_ends_both_and_the_run_goes_on(kept: bool, tmp_path: Path) -> None:
+    program, run_dir = tmp_path / "stopping.py", tmp_path / "run"
+    program.write_text(STOPPING.replace("ROOT", repr(str(ROOT))))
+    words = ["--config", str(LDM), f"run.dir={run_dir}", *SMALL, "data.length=32", "train.steps=1"]  # two parts a rank
+    words += [f"stage.cache_dir={tmp_path / 'cache'}"] if kept else []
+
+    def made(how: str) -> int:
+        return sum(path.read_text().count("part") for path in tmp_path.glob(f"{how}-[01]"))
+
+    ranks = start_ranks([str(program), str(tmp_path / "stopped"), "stopped", *words], 2)
+    where = f"stage.cache_dir {tmp_path / 'cache'} keeps what is done" if kept else "nothing is kept without"
+    for process, by in zip(ranks, ("another rank", "SIGTERM"), strict=True):
+        said = process.communicate(timeout=300)[1].decode().splitlines()[-1]
+        assert process.returncode == 75 and said.startswith(f"stopped by {by} while encoding") and where in said
+    assert (tmp_path / "stopped-1").read_text() == "part\n" and not run_dir.exists()
+    before = sorted(path.name for path in (tmp_path / "cache").glob("images-*"))
+    assert len(before) == (made("stopped") if kept else 0)
+    finish(start_ranks([str(program), str(tmp_path / "again"), "again", *words], 2))
+    assert len(lines(run_dir)) == 1 and made("again") == (4 - len(before) if kept else 8)
 
 
 @pytest.mark.parametrize("kept", [True, False])
