@@ -159,7 +159,13 @@ def wrap(module: nn.Module, rank: Rank, *, partial: bool = False) -> nn.Module:
     if rank.world == 1 or in_shards(module):
         return module
     ids = [rank.device.index] if rank.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(module, device_ids=ids, find_unused_parameters=partial)
+    return nn.parallel.DistributedDataParallel(
+        module,
+        device_ids=ids,
+        find_unused_parameters=partial,
+        gradient_as_bucket_view=True,  # no second copy of the gradients
+        broadcast_buffers=False,  # tables that are the same everywhere
+    )
 
 
 def is_shard(x: Any) -> bool:
