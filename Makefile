@@ -16,7 +16,7 @@ TINY := configs/train/tiny
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo page test test-ranks test-all test-faults test-browser fmt docs lint types smoke check clean
+.PHONY: help setup demo page test test-long test-ranks test-all test-faults test-browser fmt docs lint types smoke check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r name text; do \
@@ -50,6 +50,9 @@ page: $(PAGE) ## the web page, on this machine only (ARGS=... are passed to scri
 
 test: setup ## fast tests on the CPU, without network, two at a time (ARGS=... is passed to pytest)
 	$(PY) -m pytest -n 2 $(ARGS)
+
+test-long: setup ## the tests that take longer, two at a time
+	$(PY) -m pytest -n 2 -m 'long and not slow and not ranks' $(ARGS)
 
 test-ranks: setup ## trainings in two processes against one
 	$(PY) -m pytest -m 'ranks and not slow' $(ARGS)
@@ -96,7 +99,7 @@ smoke: setup ## every script end to end in .smoke/, a few steps each
 	@echo '== smoke: sample with the weights that ship'
 	@$(PY) scripts/sample.py out.dir=$(SMOKE)/outputs/emoji
 
-check: lint types test test-ranks ## what has to pass before a commit lands
+check: lint types test test-long test-ranks ## what has to pass before a commit lands
 
 clean: ## remove caches and builds (keeps .venv, runs/, outputs/, data/)
 	@rm -rf .smoke build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,8 +1,9 @@
 """What the loop trains: a Stage computes a loss from a batch, and says what to export and how it is doing."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,6 @@ from torch.utils.data import Dataset
 from ldm.data.images import Batch, ImageData
 from ldm.denoiser import Denoiser
 from ldm.training import optim
-from ldm.training.cache import Keep
 from ldm.training.distributed import Rank
 from ldm.training.draws import Draws
 from ldm.training.workers import NONE, Workers
@@ -98,10 +98,12 @@ class Stage(nn.Module, ABC):
         """Hook: refuse a batch that lacks what this stage reads, before training starts. Raises: ConfigError."""
         del batch
 
-    def cached(self, data: ImageData, rank: Rank, workers: Workers = NONE, keep: Keep | None = None) -> Dataset:
+    def cached(
+        self, data: ImageData, rank: Rank, workers: Workers = NONE, keep: Callable[..., Any] | None = None
+    ) -> Dataset:
         """Hook: replace the data by precomputed inputs. Items must be collated by their own `collate`.
 
-        All ranks call it; `workers` of each read the data; `keep` is who keeps it in memory, None for as it is.
+        All ranks call it; `workers` of each read the data; `keep` keeps it in memory (`cache.Keep`), None: as it is.
 
         Raises: signals.Stopped if one was asked to stop.
         """

@@ -12,6 +12,8 @@ from ldm.training import signals
 from scripts import ablate
 from tests.ranks import finish, start_ranks
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

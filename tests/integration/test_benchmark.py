@@ -23,6 +23,8 @@ from scripts import benchmark
 from scripts.benchmarks import measure, networks, report, run, steps
 from scripts.benchmarks.workloads import WORKLOADS
 
+pytestmark = pytest.mark.long
+
 CPU = torch.device("cpu")
 STEPS = [name for name, work in WORKLOADS.items() if work.steps and not work.trains]
 UNFUSED = {"text_to_image_bf16", "controlnet_image_bf16", "ip_step_bf16", "all_step_bf16"}

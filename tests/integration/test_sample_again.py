@@ -16,6 +16,8 @@ from ldm.sampling import output, plan
 from scripts import sample
 from tests.integration.test_sample import refusal, small_models
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 Draw = Callable[..., Path]
 

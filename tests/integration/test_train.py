@@ -62,6 +62,7 @@ def test_loss_falls_in_20_steps(what: str, tmp_path: Path) -> None:
     assert sum(curve[-5:]) < 0.98 * sum(curve[:5])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["vae", "controlnet", "ldm"])
 def test_stop_and_resume_equals_never_stopping_bit_for_bit(what: str, tmp_path: Path) -> None:
     more = ["train.batch=4", "checkpoint.every=3", "train.ema=0.9"]
@@ -103,6 +104,7 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
             torch.testing.assert_close(x, y, atol=2e-5, rtol=1e-4, msg=lambda m, w=what, k=key: f"{w} {k}: {m}")
 
 
+@pytest.mark.long
 def test_adapter_training_leaves_the_base_alone_and_shares_only_the_adapter(tmp_path: Path) -> None:
     before = start("ldm", tmp_path / "ldm", "train.steps=2", "train.batch=4")
     base = [f"model.unet.weights={tmp_path / 'ldm'}"]
@@ -218,6 +220,7 @@ def test_what_a_run_may_not_change_while_it_goes_on_is_named(argument: str, mess
         start("vae", tmp_path, *FIRST, "train.steps=2", *argument.split())
 
 
+@pytest.mark.long
 def test_a_base_that_trained_on_is_another_base(tmp_path: Path) -> None:
     more = ["train.batch=2", "device=cpu", "train.ema=null"]
     start("ldm", tmp_path / "base", "train.steps=1", *more)
@@ -270,6 +273,7 @@ def test_parameters_are_told_apart_by_name(tmp_path: Path) -> None:
         start("vae", tmp_path, *FIRST, "train.steps=2")
 
 
+@pytest.mark.long
 def test_adapter_runs_can_be_started_from_adapter_runs(tmp_path: Path) -> None:
     first = start("controlnet", tmp_path / "one", "train.steps=1", "train.ema=null")
     again = ["train.steps=1", "train.ema=null", "train.lr=0", f"train.init_from={tmp_path / 'one'}"]
@@ -293,6 +297,7 @@ def test_a_folder_that_is_no_run_keeps_its_files(tmp_path: Path) -> None:
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("config.yaml", "mine")]
 
 
+@pytest.mark.long
 def test_lines_of_steps_after_the_checkpoint_are_not_there_twice(tmp_path: Path) -> None:
     more = ["train.batch=2", "checkpoint.every=2", "checkpoint.keep_last=0"]
     start("vae", tmp_path, "train.steps=3", *more)

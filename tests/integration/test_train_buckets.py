@@ -14,6 +14,8 @@ from ldm.registry import ConfigError
 from ldm.training import checkpoint, run
 from tests.small import figures
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "train" / "tiny" / "controlnet.yaml"
 SIZES = "{sizes: [[16, 24], [16, 16], [24, 16]]}"

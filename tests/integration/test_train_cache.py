@@ -106,6 +106,7 @@ def test_a_signal_to_one_of_two_ranks_that_encode_ends_both_and_the_run_goes_on(
     assert len(lines(run_dir)) == 1 and made("again") == (4 - len(before) if kept else 8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_signal_while_encoding_ends_the_run_behind_the_part(
     kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -175,6 +176,7 @@ def test_a_flipped_bit_that_a_worker_reads_ends_the_run_in_one_line(
     assert ended.value.code == 2 and said.startswith(f"error: {part} of stage.cache_dir is damaged (row 15 is not what")
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_its_data_in_another_place(tmp_path: Path) -> None:
     small = ["data.length=16", "train.steps=2"]
     whole = start(tmp_path / "whole", *small)

@@ -18,6 +18,8 @@ from ldm.data.synthetic import SyntheticData
 from ldm.training import checkpoint, loop
 from scripts import train
 
+pytestmark = pytest.mark.long
+
 TINY = Path(__file__).resolve().parents[2] / "configs" / "train" / "tiny" / "vae.yaml"
 SMALL = ["train.precision=fp32", "validation.data=null", "train.batch=2", "train.steps=4", "checkpoint.every=2"]
 SMALL += ["log.every=1", "device=cpu", "model.vae.channels=[8,16]", "checkpoint.keep_last=2"]

@@ -24,6 +24,8 @@ from ldm.training.stage import Stage
 from scripts import train
 from tests.ranks import start_ranks
 
+pytestmark = pytest.mark.long
+
 TINY = Path(__file__).resolve().parents[2] / "configs" / "train" / "tiny" / "vae.yaml"
 SMALL = ["train.precision=fp32", "validation.data=null", "data.length=16", "data.size=16", "train.batch=2"]
 SMALL += ["train.steps=4", "checkpoint.every=2", "log.every=1", "train.ema=0.9", "checkpoint.keep_last=2"]

@@ -10,6 +10,8 @@ from ldm.training import optim
 from tests.integration.test_train import ADVERSARY, FIRST, start
 from tests.small import figures
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize("what", ["ldm", "vae"])
 def test_accumulation_equals_one_big_batch(what: str, tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def test_csv_reads_back() -> None:
     ]
 
 
+@pytest.mark.long
 def test_report_writes_every_table_with_its_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(table.files(Path("configs/ablation"))[0].resolve().parents[3])
     known = table.load(Path("configs/ablation/t2i_adapter/size.yaml"), "short")

@@ -182,6 +182,7 @@ def refiner(root: Path) -> tuple[Path, dict[str, nn.Module]]:
     return root / "refiner.safetensors", nets
 
 
+@pytest.mark.long
 def test_a_refiners_single_file_fills_every_slot_and_comes_back(tmp_path: Path) -> None:
     file, nets = refiner(tmp_path)
     names = load_file(file)

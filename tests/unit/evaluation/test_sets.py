@@ -165,6 +165,7 @@ def test_pictures_in_8_bits_are_those_of_a_file() -> None:
     assert in_8_bits(torch.tensor([-0.1, 0.0, 0.5, 0.9999, 2.0])).tolist() == [0, 0, 128, 255, 255]
 
 
+@pytest.mark.long
 def test_inception_is_torch_fidelitys_network_with_given_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

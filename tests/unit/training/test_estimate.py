@@ -66,6 +66,7 @@ def agree(parts: Mapping[str, Memory], most: int) -> bool:
     return largest == pytest.approx(most, rel=CLOSE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "overrides"), [("controlnet", (BATCH,)), ("vae", ADVERSARIAL)])
 def test_estimate_is_within_15_percent_of_a_real_run(name: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
     cfg = tiny(name, *overrides, f"run.dir={tmp_path / 'run'}")
@@ -123,11 +124,13 @@ def test_a_full_size_controlnet_step_is_estimated_within_15_percent(tmp_path: Pa
     assert agree({"step": parts["step"]}, measured(two_steps))
 
 
+@pytest.mark.long
 def test_recomputing_activations_lowers_them() -> None:
     plain, recomputed = estimated("controlnet", BATCH, FP32)["step"], estimated("controlnet", BATCH, FP32, RECOMPUTED)
     assert recomputed["step"].activations < 0.5 * plain.activations
 
 
+@pytest.mark.long
 def test_estimate_grows_with_the_micro_batch_not_with_the_batch() -> None:
     some, twice = estimated("ldm", FP32, BATCH)["step"], estimated("ldm", FP32, "train.batch=32")["step"]
     assert twice.activations == pytest.approx(2 * some.activations, rel=0.2)
@@ -147,17 +150,20 @@ def test_autocast_halves_what_is_kept_for_backward() -> None:
     assert 0.45 * wide < narrow < 0.8 * wide
 
 
+@pytest.mark.long
 def test_frozen_encoders_keep_nothing() -> None:
     wider = ["model.vae.channels=[64, 64, 64]", "model.vae.blocks=3", "model.text.layers=5"]
     assert estimated("controlnet", *wider)["step"].activations == estimated("controlnet")["step"].activations
 
 
+@pytest.mark.long
 def test_frozen_unet_keeps_less_than_a_trained_one() -> None:
     """Its decoder still keeps what the gradient needs on its way to the adapter; its encoder keeps nothing."""
     all_of_it = estimated("controlnet", BATCH, "train.trainable=['*']")["step"]
     assert estimated("controlnet", BATCH)["step"].activations < all_of_it.activations
 
 
+@pytest.mark.long
 def test_encoded_data_is_held_during_steps_unless_it_is_on_disk(tmp_path: Path) -> None:
     few, many = estimated("ldm"), estimated("ldm", "data.length=4000")
     latents = 4000 * 2 * 4 * 8 * 8 * FLOAT  # mean and std
@@ -208,6 +214,7 @@ def test_averaged_weights_take_no_memory_when_they_are_off() -> None:
     assert estimated("ldm", "train.ema=null")["step"].ema == 0
 
 
+@pytest.mark.long
 def test_moments_in_bf16_take_half_the_optimizers_memory() -> None:
     whole, half = (estimated("ldm", f"train.moments={kept}")["step"].optimizer for kept in ("fp32", "bf16"))
     assert 0.5 <= half / whole < 0.501  # the rest: step counters
@@ -246,6 +253,7 @@ def test_dry_run_prints_counts_and_memory(capsys: pytest.CaptureFixture[str], tm
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_dry_run_says_what_ranks_share(capsys: pytest.CaptureFixture[str]) -> None:
     train.main(["--config", str(TINY / "controlnet.yaml"), "--dry-run", "train.shard=full"])
     said = capsys.readouterr().out
@@ -258,6 +266,7 @@ def test_dry_run_says_what_ranks_share(capsys: pytest.CaptureFixture[str]) -> No
     assert total == trained + frozen and 0 < unit < total and 0 < rest < total
 
 
+@pytest.mark.long
 def test_encoded_data_that_is_not_there_is_said_to_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     gone = "data={name: folder, root: nowhere, size: 32, hints: {edge: edge}}"
     for data, said in ((gone, True), ("data.size=32", False)):
