@@ -9,8 +9,9 @@ from torch import nn
 from ldm import build
 from ldm.config import RunConfig
 from ldm.denoiser import Denoiser
-from ldm.evaluation.arms import hint_words, measures_of
-from ldm.evaluation.measures import BY_HINT, Measure
+from ldm.evaluation.arms import measures_of
+from ldm.evaluation.measures import Measure
+from ldm.registry import ConfigError
 from ldm.training.stage import Drawn
 
 Judges = Mapping[str, Mapping[str, Measure]]  # adapter -> name -> measure
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 def judges(config: RunConfig, trained: nn.Module) -> Judges:
     """Adapter -> name -> measure: those of `evaluation.measures`, else those of its hint, as evaluate.py takes them.
 
-    Adapters for which neither has one are left out; so is all that is no denoiser.
+    Adapters for which neither has one are left out, with a line in the log; so is all that is no denoiser.
 
     Raises: ConfigError on measures that the config names and that cannot be.
     """
@@ -28,10 +29,12 @@ def judges(config: RunConfig, trained: nn.Module) -> Judges:
     if not isinstance(trained, Denoiser):
         return found
     for name, use in build.uses(config).items():
-        told = name in config.evaluation.measures
-        heard = not trained.adapter(name).image_prompt and not BY_HINT.keys().isdisjoint(hint_words(name, use, config))
-        if told or heard:
+        try:
             found[name] = measures_of(name, use, config, trained)
+        except ConfigError as error:
+            if name in config.evaluation.measures:
+                raise
+            log.warning("no adherence of %s will be logged, and evaluate.py will refuse: %s", name, error)
     return found
 
 

@@ -20,7 +20,7 @@ from ldm.evaluation.fidelity import edge_f1
 from ldm.registry import ConfigError, register
 
 BY_HINT: Mapping[str, tuple[str, ...]] = {  # hint or extractor -> its measures
-    **dict.fromkeys(("canny", "edge", "lineart", "outline", "sketch"), ("edge_f1",)),
+    **dict.fromkeys(("canny", "edge", "edges", "lineart", "outline", "sketch"), ("edge_f1",)),
     **dict.fromkeys(("color", "palette"), ("palette", "palette_lab")),
     "segmentation": ("region_iou",),
 }

@@ -34,9 +34,13 @@ def drawn(base: bool = True) -> Drawn:
     return Drawn(hints, torch.rand(3, 3, 16, 16) if base else None, torch.rand(3, 3, 16, 16), torch.rand(3, 3, 16, 16))
 
 
-def test_measures_are_those_of_the_hints_and_none_where_none_is_known() -> None:
+def test_measures_are_those_of_the_hints_and_none_where_none_is_known(caplog: pytest.LogCaptureFixture) -> None:
     names = {adapter: list(named) for adapter, named in chosen().items()}
     assert names == {"edge": ["edge_f1"], "tint": ["palette", "palette_lab"]}
+    assert len(caplog.messages) == 2, caplog.messages
+    for said, adapter in zip(caplog.messages, ("depth", "look"), strict=True):
+        assert said.startswith(f"no adherence of {adapter} will be logged, and evaluate.py will refuse: adapter ")
+        assert f"set evaluation.measures.{adapter}" in said
     assert judges(config.load(LDM, [THREE]), torch.nn.Linear(1, 1)) == {}
 
 
