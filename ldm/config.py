@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -18,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from ldm import config_yaml
-from ldm.registry import ConfigError, fits, suggest
+from ldm.registry import ConfigError, fits, in_yaml, suggest
 
 Node = dict[str, Any]  # {name: <registered>, ...options}; checked by registry.build
 Parse = Callable[[str | bytes, str], Any]  # YAML and where it stands -> value
@@ -218,9 +219,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             Mappings merge key by key, except that naming another class starts its options afresh.
         overrides: dotted `key=value`, values in YAML syntax.
 
-    Raises: ConfigError, in one line, on a missing file, bad YAML, an unknown key or a wrong type.
+    Raises: ConfigError, in one line, on a missing file, bad YAML, an unknown key or a wrong type; it names the file, or
+        the argument without which there is no error.
     """
-    return from_mapping(merged(path, overrides, config_yaml.parse), source=str(path))
+    try:
+        return from_mapping(merged(path, overrides, config_yaml.parse), source=str(path))
+    except ConfigError:
+        if not overrides:
+            raise
+    load(path, overrides[:-1])  # ends here where the fault is in the file, or in an argument before the last
+    return from_mapping(merged(path, overrides, config_yaml.parse), source=f"argument {overrides[-1]!r:.80}")
 
 
 def merged(path: str | Path, overrides: Sequence[str], parse: Parse) -> Node:
@@ -248,7 +256,7 @@ def from_mapping(node: Node, source: str = "config") -> RunConfig:
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(error, source)) from error
     except ValidationError as error:
-        raise ConfigError(f"{source}: {error.full_key}: {_first_line(error)}") from error
+        raise ConfigError(f"{source}: {_wrong_type(error, node)}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {getattr(error, 'full_key', '')}: {_first_line(error)}") from error
     _check_values(result, source)
@@ -292,7 +300,8 @@ def _read(path: Path, parents: tuple[Path, ...], parse: Parse) -> Node:
         raise ConfigError(f"{path}: includes itself through {' -> '.join(p.name for p in parents)}; break the circle")
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise ConfigError(f"config file {path} does not exist{suggest(path.name, siblings)}")
+        then = suggest(path.name, siblings) or "; correct the path; configs to begin with are in configs/"
+        raise ConfigError(f"config file {path} does not exist{then}")
     parsed: Any = parse(path.read_bytes(), str(path)) or {}
     if not isinstance(parsed, dict):
         raise ConfigError(f"{path}: top level is {type(parsed).__name__}, must be a mapping of keys")
@@ -331,7 +340,8 @@ def _check_groups(node: Node, defaults: Any, where: str) -> None:
         if isinstance(default, tuple) and field.name in node and not fits(_tuples(value), hints[field.name]):
             example = list(cast("tuple[Any, ...]", default))
             raise ConfigError(f"{where}{field.name} is {value!r}, must be a list like {example}")
-        if (group or isinstance(default, dict)) and not isinstance(value, dict):
+        listed = hints[field.name] == Node | None and isinstance(value, list)  # a text may be a reference
+        if listed or ((group or isinstance(default, dict)) and not isinstance(value, dict)):
             path = f"{where}{field.name}"
             example = f", e.g. {path.rpartition(': ')[2]}.name={value}" if isinstance(value, str) and not group else ""
             raise ConfigError(f"{path} is {value!r}, must be a mapping of keys{example}")
@@ -365,6 +375,20 @@ def _get(config: Any, key: str) -> Any:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
+
+
+def _wrong_type(error: ValidationError, node: Node) -> str:
+    """`train.lr is 'fast', must be float, e.g. 0.0001`; omegaconf's own words below a node, whose types it knows."""
+    key = str(error.full_key)
+    *groups, name = key.split(".")
+    try:
+        default = _get(RunConfig(), key)
+        value = functools.reduce(operator.getitem, key.split("."), node)
+        hint = get_type_hints(type(_get(RunConfig(), ".".join(groups)) if groups else RunConfig()))[name]
+    except (AttributeError, KeyError, TypeError):
+        return f"{key}: {_first_line(error)}"
+    example = "" if default is None else f", e.g. {config_yaml.inline(default)}"
+    return f"{key} is {value!r:.60}, must be {in_yaml(hint)}{example}"
 
 
 def _unknown_key(error: ConfigKeyError, source: str) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+import itertools
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from types import UnionType
@@ -69,9 +70,22 @@ def accepts(kind: str, name: str) -> Callable[..., Any]:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the closest known word, else an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """`"; did you mean 'x'?"` for the closest known word, else an empty string.
+
+    Of words that are equally close, the one that begins as the word does: sd15 for sd16, not sd21.
+    """
+    close = difflib.get_close_matches(word, list(known), n=5)  # the closest first
+    if not close:
+        return ""
+    ratio = difflib.SequenceMatcher(None, b=word)
+
+    def likeness(other: str) -> tuple[float, int]:
+        ratio.set_seq1(other)
+        return ratio.ratio(), len(
+            [*itertools.takewhile(lambda pair: pair[0] == pair[1], zip(word, other, strict=False))]
+        )
+
+    return f"; did you mean {max(close, key=likeness)!r}?"
 
 
 def build(kind: str, node: Mapping[str, Any], **runtime: Any) -> Any:
@@ -145,7 +159,8 @@ def _params(
     missing = sorted(n for n, p in known.items() if p.default is p.empty and n not in params)
     if unknown or missing:
         hint = suggest(unknown[0], known) if unknown else ""
-        raise ConfigError(f"{where}: unknown keys {unknown}, missing keys {missing}; options: {', '.join(known)}{hint}")
+        said = [f"{what} keys {found}" for what, found in (("unknown", unknown), ("missing", missing)) if found]
+        raise ConfigError(f"{where}: {', '.join(said)}; options: {', '.join(known)}{hint}")
     plain_class = inspect.isclass(target) and not dataclasses.is_dataclass(target)
     hints = get_type_hints(cast("Any", target).__init__ if plain_class else target)
     for key, value in params.items():

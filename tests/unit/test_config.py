@@ -136,15 +136,18 @@ def test_unknown_key_on_the_command_line_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("train: {steps: many}", "train.steps"),
-        ("train: {lr: [1]}", "train.lr"),
+        ("train: {steps: many}", "train.steps is 'many', must be int, e.g. 1000$"),
+        ("train: {lr: [1]}", r"train.lr is \[1\], must be float, e.g. 0.0001$"),
+        ("train: {ema: fast}", r"train.ema is 'fast', must be float \| null$"),
+        ("train: {compile: fast}", "train.compile is 'fast', must be bool, e.g. false$"),
+        ("data: [folder]", r"data is \['folder'\], must be a mapping of keys$"),
         ("train: 3", "train"),
         ("train: {betas: 0.9}", r"train\.betas is 0\.9, must be a list like \[0\.9, 0\.999\]"),
         ("train: {betas: [0.9]}", r"train\.betas is \[0\.9\], must be a list like"),
         ("train: {trainable: adapters.*}", r"train\.trainable is 'adapters\.\*', must be a list like \['\*'\]"),
         ("train: {steps: {a: 1}}", "train.steps"),
         ("seed: null", "seed"),
-        ("model: {vae: kl}", "model.vae"),
+        ("model: {vae: kl}", r"model.vae is 'kl', must be a mapping \| null$"),
         ("adapters: [controlnet]", "adapters"),
     ],
 )
@@ -152,6 +155,25 @@ def test_wrong_type_is_refused_in_one_line_with_its_path(tmp_path: Path, text: s
     with pytest.raises(ConfigError, match=f"a.yaml: {said}") as error:
         load(write(tmp_path / "a.yaml", text))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train.steps=3", "train.stepz=3", "seed=1"], r"^argument 'train\.stepz=3': unknown key 'train\.stepz'; keys"),
+        (["seed=1", "train.lr=fast"], r"^argument 'train\.lr=fast': train\.lr is 'fast', must be float"),
+        (["train.lr=-1", "seed=1"], r"^argument 'train\.lr=-1': train\.lr is -1\.0, must be at least 0"),
+        (["train=3", "seed=1"], r"^argument 'train=3': train is 3, must be a mapping"),
+    ],
+)
+def test_a_fault_of_the_command_line_names_its_argument(tmp_path: Path, arguments: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load(write(tmp_path / "a.yaml", "train: {steps: 5}"), arguments)
+
+
+def test_a_fault_of_the_file_names_the_file_whatever_the_arguments(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a.yaml: unknown key 'train\.stepz'"):
+        load(write(tmp_path / "a.yaml", "train: {stepz: 5}"), ["seed=1", "train.lr=1"])
 
 
 @pytest.mark.parametrize(
@@ -186,7 +208,9 @@ def test_missing_file_is_refused_with_a_suggestion(tmp_path: Path) -> None:
 
 def test_missing_folder_and_folder_instead_of_file_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere" / "a.yaml", tmp_path):
-        with pytest.raises(ConfigError, match="does not exist"):
+        with pytest.raises(
+            ConfigError, match=r"does not exist; correct the path; configs to begin with are in configs/$"
+        ):
             load(path)
 
 
@@ -267,7 +291,7 @@ def test_resolvers_are_refused(tmp_path: Path, text: str, monkeypatch: pytest.Mo
 def test_reference_that_leads_nowhere_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"a.yaml: "):
         load(write(tmp_path / "a.yaml", f"out: {{dir: '{text}'}}"))
-    with pytest.raises(ConfigError, match=r"b.yaml: "):
+    with pytest.raises(ConfigError, match=r"^argument .*out\.dir="):
         load(write(tmp_path / "b.yaml", ""), [f"out.dir='{text}'"])
 
 

@@ -99,7 +99,7 @@ def test_missing_or_odd_name_is_a_config_error(node: dict[str, object]) -> None:
 
 
 def test_unknown_key_is_refused_with_a_suggestion() -> None:
-    with pytest.raises(ConfigError, match=r"fruit 'apple': unknown keys \['color'\].*options: colour.*mean 'colour'\?"):
+    with pytest.raises(ConfigError, match=r"fruit 'apple': unknown keys \['color'\]; options: colour.*mean 'colour'\?"):
         registry.build(KIND, {"name": "apple", "color": "red", "colour": "red"}, tree="old")
 
 
@@ -109,7 +109,7 @@ def test_key_that_is_not_text_is_a_config_error() -> None:
 
 
 def test_missing_key_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"missing keys \['weight'\]"):
+    with pytest.raises(ConfigError, match=r"fruit 'pear': missing keys \['weight'\]; options: weight"):
         registry.build(KIND, {"name": "pear"})
 
 
@@ -193,3 +193,10 @@ def test_options_without_a_name_are_checked_the_same_way() -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             registry.checked(AppleOptions, node, "basket")
+
+
+def test_of_equally_close_words_the_one_that_begins_alike_is_suggested() -> None:
+    assert registry.suggest("sd16", ["sd21", "sd15", "sd21-base"]) == "; did you mean 'sd15'?"
+    assert registry.suggest("sd16", ["sd15", "sd21"]) == "; did you mean 'sd15'?"
+    assert registry.suggest("steps", ["step", "steps2x", "stops"]) == "; did you mean 'step'?"  # closer beats that
+    assert registry.suggest("zzz", ["sd15"]) == ""
