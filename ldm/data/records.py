@@ -115,8 +115,10 @@ def read_records(root: Path, layout: str, skip: tuple[str, ...] = ()) -> list[Re
 class Filter:
     """Says of one row after another whether its columns have the wanted value, or one of the wanted values."""
 
-    def __init__(self, where: Mapping[str, Any]) -> None:
+    def __init__(self, where: Mapping[str, Any], key: str = "data.where") -> None:
+        """Args: where: column -> wanted value, or list of them. key: where that stands in a config, for messages."""
         self.where = where
+        self._key = key
         self._wanted = {name: v if isinstance(v, tuple | list) else (v,) for name, v in where.items()}
         self._columns: set[str] = set()
         self._seen: dict[str, set[str]] = {name: set() for name in where}
@@ -138,21 +140,21 @@ class Filter:
         columns = sorted(self._columns)
         for name in self.where:
             if name not in columns:
-                listed = f"{', '.join(columns)}{suggest(name, columns)}"
-                raise DataError(f"data.where has column {name!r}; {root} has {listed}")
+                then = suggest(name, columns) or f"; give its entries that column, or drop it from {self._key}"
+                raise DataError(f"{self._key} has column {name!r}; {root} has {', '.join(columns)}{then}")
         if not self._kept:
             seen = "; ".join(f"{name}: {', '.join(sorted(values))}" for name, values in self._seen.items())
             raise DataError(
-                f"data.where {dict(self.where)} matches none of the {self.rows} images of {root}; it has {seen}"
+                f"{self._key} {dict(self.where)} matches none of the {self.rows} images of {root}; it has {seen}"
             )
 
 
-def select(rows: list[Record], where: Mapping[str, Any], root: Path) -> list[Record]:
-    """Rows whose columns have the wanted value, or one of the wanted values.
+def select(rows: list[Record], where: Mapping[str, Any], root: Path, key: str = "data.where") -> list[Record]:
+    """Rows whose columns have the wanted value, or one of the wanted values; `key` is that of `where` in a config.
 
     Raises: DataError on an unknown column, or when nothing is left.
     """
-    keep = Filter(where)
+    keep = Filter(where, key)
     left = [row for row in rows if keep(row.columns)]
     keep.check(root)
     return left
@@ -173,9 +175,10 @@ def pairs(
     Returns: file -> files; empty where there are none.
     Raises: DataError on an unknown column, or when no row has a reference.
     """
-    select(every, {pairing.same: [rows[0].columns.get(pairing.same)]}, root)  # refuses an unknown column
+    same = {pairing.same: [rows[0].columns.get(pairing.same)]}
+    select(every, same, root, "data.reference")  # refuses an unknown column
     found: dict[Any, list[str]] = {}
-    for row in select(every, {**where, **pairing.where}, root):
+    for row in select(every, {**where, **pairing.where}, root, "data.reference.where"):
         found.setdefault(row.columns.get(pairing.same), []).append(row.file)
     out = {
         row.file: tuple(f for f in found.get(row.columns.get(pairing.same), ()) if pairing.itself or f != row.file)

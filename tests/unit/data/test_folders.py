@@ -163,6 +163,7 @@ def test_hint_lying_on_its_side_is_an_error_when_read(folder_set, picture):
     ("options", "message"),
     [
         ({"where": {"spilt": "train"}}, "data.where has column 'spilt'.*did you mean 'split'"),
+        ({"where": {"class": 1}}, "column 'class'; .* text; give its entries that column, or drop it from data.where$"),
         ({"where": {"split": "test"}}, "matches none of the 4 images of .*; it has split: heldout, train"),
         ({"hints": {"x": "edge"}}, "names column 'edge'.*did you mean 'edges'"),
         ({"hints": {"x": {"name": "colour"}}}, "hint.name is 'colour'; registered: .*did you mean 'color'"),

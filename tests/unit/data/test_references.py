@@ -121,8 +121,9 @@ def test_reference_is_drawn_with_the_samples_own_generator(tmp_path: Path, memor
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ({"same": "concpet"}, "data.where has column 'concpet'"),
-        ({"same": "style", "where": {"style": "line"}}, "matches none of the 9 images"),
+        ({"same": "concpet"}, r"data\.reference has column 'concpet'; .* did you mean 'concept'"),
+        ({"same": "style", "where": {"style": "line"}}, r"data\.reference\.where .*matches none of the 9 images"),
+        ({"same": "style", "where": {"x": "line"}}, r"data\.reference\.where has column 'x'; .*drop it from"),
         ({"same": "file"}, "none of the 5 images .* has another of its 'file'"),
     ],
 )
