@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ from ldm.sampling.plan import Item, Plan, load_image, load_mask
 from ldm.sampling.sweep import Sweep
 
 CHUNK: Final = "parameters"  # keyword of the PNG text chunk
+SHEET: Final = "grid.png"
 HEADER: Final = "# sampling digest: "
 INDIFFERENT: Final = ("batch", "prepack", "sliced")  # keys of `sample:` for speed and memory
 GRID_ROWS, GRID_COLUMNS = 32, 16  # a grid shows at most this many
@@ -69,11 +71,14 @@ class Output:
             return
         lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else [""]
         if not lines[0].startswith(HEADER):
-            raise ConfigError(f"out.dir {self.folder} holds files that sampling did not write; choose another out.dir")
+            raise ConfigError(
+                f"out.dir {self.folder} holds files that sampling did not write; choose another, e.g. "
+                f"out.dir={_free(self.folder)}"
+            )
         if lines[0] != HEADER + self._digest:
             raise ConfigError(
                 f"out.dir {self.folder} holds images of other settings ({self._difference(file)}); "
-                "nothing was overwritten: choose another out.dir, or delete that folder"
+                f"nothing was overwritten: choose another, e.g. out.dir={_free(self.folder)}, or delete that folder"
             )
 
     def begin(self) -> None:
@@ -109,7 +114,7 @@ class Output:
         write_file(self.folder / "samples.jsonl", lines.encode())
         data = io.BytesIO()
         self._grid().save(data, "PNG")
-        write_file(self.folder / "grid.png", data.getvalue())
+        write_file(self.folder / SHEET, data.getvalue())
 
     def _combination(self, job: Plan, item: Item) -> dict[str, Any]:
         """What tells an image of a sweep from the others; nothing where there is no grid."""
@@ -164,6 +169,12 @@ class Output:
         return grid.compose(columns, max(1, 128 // max(tile.shape[-2:])), self._sweep.rows[:GRID_ROWS])
 
 
+def _free(folder: Path) -> Path:
+    """A name like that of the folder which nothing has: a-2, a-3, ..."""
+    names = (Path(f"{folder}-{n}") for n in itertools.count(2))
+    return next(name for name in names if not name.exists())
+
+
 def needed(job: Plan, prompts: Sequence[Prompt]) -> list[Path]:
     """Every image file that pictures of these prompts are drawn after, once."""
     masks = [Path(use.mask) for use in job.uses.values() if use.mask]
@@ -188,6 +199,10 @@ def read_png(path: Path) -> tuple[str, Image.Image]:
             text = cast("PngImagePlugin.PngImageFile", image).text[CHUNK]
             return str(text), image.copy()
     except (*DECODE_ERRORS, KeyError) as error:
+        if path.name == SHEET and isinstance(error, KeyError):
+            beside = sorted(file.name for file in path.parent.glob("*_s*.png"))
+            example = f", e.g. {beside[0]}" if beside else ""
+            raise ConfigError(f"{path} is a sheet; name one of the pictures beside it{example}") from error
         why = f" ({error})" if not isinstance(error, KeyError) else ""
         raise ConfigError(
             f"{path} is not a PNG with a {CHUNK!r} text chunk{why}; name a picture that sampling wrote"

@@ -17,13 +17,14 @@ from tqdm import tqdm
 from ldm import build, fast, generate, registry
 from ldm.conditioning import TextUse, check_rows, count_cut
 from ldm.config import RunConfig
+from ldm.data.reading import image_size
 from ldm.denoiser import check_use
 from ldm.models.text import Text
 from ldm.models.unet import num_parameters
 from ldm.registry import ConfigError
 from ldm.samplers import Sampler
 from ldm.samplers.base import OnStep
-from ldm.sampling.output import Output
+from ldm.sampling.output import Output, needed
 from ldm.sampling.plan import PRECISIONS, Item, Plan, check_pair, load_hint, load_image, load_mask, load_reference
 from ldm.sampling.sweep import Sweep, expand, naming
 from ldm.source import Source, first_step, for_inpainting
@@ -264,6 +265,7 @@ def check_images(sweep: Sweep) -> None:
 
 
 def _check_files(job: Plan) -> None:
+    _check_there(job)
     job.masks()
     for name in job.prompts[0].hints:
         counts = {job.hint(prompt, name).shape[:-3].numel() for prompt in job.prompts}
@@ -278,11 +280,51 @@ def _check_files(job: Plan) -> None:
             load_mask(mask, job.size)
 
 
+def _check_there(job: Plan) -> None:
+    """Raises: ConfigError if an image file does not exist, with the key that names it."""
+    s, keys = job.config.sample, dict[Path, str]()
+    for name, use in job.uses.items():
+        own = {"image": use.image, "mask": use.mask}
+        keys |= {Path(file): f"adapters.{name}.{key}" for key, file in own.items() if file is not None}
+    keys |= {Path(str(file)): f"sample.hints.{name}" for name, file in s.hints.items()}
+    keys |= {Path(file): f"sample.{key}" for key, file in (("image", s.image), ("mask", s.mask)) if file is not None}
+    for path in needed(job, job.prompts):
+        if not path.exists():
+            key = keys.get(path, "a file of sample.prompts")
+            raise ConfigError(f"{key} is {path}, which does not exist; correct the path")
+
+
+def _report_resized(sweep: Sweep) -> None:
+    """Log, in a line for each adapter, that its maps are resized: lines that are shrunk turn thin and grey."""
+    told: set[str] = set()
+    for job in sweep.plans:
+        for name in job.prompts[0].hints.keys() - told:
+            if (
+                job.uses[name].extractor is not None
+                or build.reference_size(name, job.config.adapters[name]) is not None
+            ):
+                continue
+            sizes = {prompt.hints[name]: image_size(prompt.hints[name]) for prompt in job.prompts}
+            (h, w), other = job.size, {file: size for file, size in sizes.items() if size != job.size[::-1]}
+            if other:
+                told.add(name)
+                (file, size), more = next(iter(other.items())), f" and {len(other) - 1} more" if len(other) > 1 else ""
+                log.info(
+                    "hint %s of %r is %dx%d (w x h)%s: resized to %dx%d, that of the drawing; lines that fade are "
+                    "better drawn at that size",
+                    *(file, name, *size, more, w, h),
+                )
+
+
 def _report(sweep: Sweep, models: generate.Models) -> dict[TextUse, dict[str, int]]:
-    """Log silent adapters and texts longer than the text encoder's context. Returns: text -> tokens cut, by its use."""
+    """Log silent adapters, resized hints, and texts longer than the text encoder's context.
+
+    Returns: text -> tokens cut, by its use.
+    """
     first = sweep.plans[0]
     for name in first.uses.keys() - first.prompts[0].hints.keys():
         log.warning("adapter %r has no hint and stays silent; set adapters.%s.image or sample.hints.%s", *[name] * 3)
+    _report_resized(sweep)
     if models.text is None:
         return {}
     texts: dict[TextUse, dict[str, int]] = {}

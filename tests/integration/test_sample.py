@@ -285,7 +285,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(
         (["sample.sampler.name=dim"], "did you mean 'ddim'"),
         (["sample.guidance.scale=-1"], "guidance.scale is -1"),
         (["sample.hints.nut=x.png"], "'nut', which is no adapter; adapters: net; did you mean 'net'"),
-        (["sample.hints.net=nowhere.png"], "nowhere.png is missing"),
+        (["sample.hints.net=nowhere.png"], "sample.hints.net is nowhere.png, which does not exist; correct the path"),
         (["sample.hints.net=3"], "sample.hints.net is 3"),
         (["model.vae.weights=5"], "model.vae.weights is 5, must be the path"),
         (["model.schedule.steps=many"], "model.schedule: steps is 'many', must be int"),

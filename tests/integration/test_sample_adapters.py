@@ -1,6 +1,7 @@
 """scripts/sample.py: the keys that every adapter has besides its own, from a config to files."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def test_an_adapter_without_a_hint_is_said_to_be_silent(
         (["adapters.net.blocks=3"], "adapters.net: blocks is 3, must be a mapping"),
         (["adapters.net.blocks={1: 2}"], "adapters.net: blocks is {1: 2}, must be a mapping"),
         (["adapters.net.image=5"], "adapters.net: image is 5, must be str"),
-        (["--config", "plain.yaml", "adapters.net.image=nowhere.png"], "nowhere.png is missing"),
+        (["--config", "plain.yaml", "adapters.net.image=nowhere.png"], "adapters.net.image is nowhere.png, which does"),
         (["--config", "plain.yaml", "adapters.net.image=."], "hint . is a folder; only image prompts take several"),
         (["adapters.net.mask=black.png"], "black.png has no white pixel, so adapters.net would count nowhere; make"),
         (
@@ -133,3 +134,28 @@ def test_bad_input_is_one_line_and_exit_2(
     line = refusal(capsys, ["--config", "config.yaml", f"out.dir={tmp_path / 'out'}", *overrides])
     assert said in line, line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_suggested_folder_is_one_that_is_free(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("mine", "mine-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("not of sampling")
+    said = refusal(capsys, ["--config", str(models / "plain.yaml"), f"out.dir={tmp_path / 'mine'}"])
+    assert said.endswith(f"did not write; choose another, e.g. out.dir={tmp_path / 'mine-3'}")
+
+
+def test_resized_hints_are_said_once(
+    draw: Callable[..., Path], models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    draw("shared")
+    assert [m for m in caplog.messages if "resized to" in m] == [
+        f"hint {models / 'hint.png'} of 'net' is 32x32 (w x h): resized to 16x16, that of the drawing; lines that fade "
+        "are better drawn at that size"
+    ]
+    caplog.clear()
+    Image.new("RGB", (16, 16)).save(tmp_path / "fits.png")
+    draw("fits", f"sample.hints.net={tmp_path / 'fits.png'}")
+    assert not [m for m in caplog.messages if "resized to" in m]

@@ -219,6 +219,12 @@ def test_files_that_carry_nothing_are_refused(
     assert said in refusal(capsys, ["--from", str(tmp_path / "picture.png")])
 
 
+def test_a_sheet_names_the_pictures_beside_it(draw: Draw, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = draw("sheet")
+    said = refusal(capsys, ["--from", str(out / "grid.png")])
+    assert said == f"error: {out / 'grid.png'} is a sheet; name one of the pictures beside it, e.g. 00000_s3.png"
+
+
 def test_shipped_models_come_back_through_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     few = ["sample.prompts=a noto emoji of a house", "sample.seeds=1", "sample.sampler.steps=2"]

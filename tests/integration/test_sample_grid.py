@@ -314,7 +314,7 @@ def test_dry_run_checks_clip_skip_without_weights(config: Path, capsys: pytest.C
             [LONG, "grid={sample.long_prompts: [cut, chunks]}"],
             "long_prompts=chunks: prompts of 4, 5 chunks",
         ),
-        (["grid={adapters.net.mask: [null, nowhere.png]}"], "nowhere.png is missing"),
+        (["grid={adapters.net.mask: [null, nowhere.png]}"], "adapters.net.mask is nowhere.png, which does not exist"),
         (["grid={adapters.net.skip_scales: [null, [1, 1]]}"], "skip_scales has 2 entries; this adapter has 4 skips"),
         (["grid={adapters.net.blocks: [null, {dwon: 0}]}"], "blocks has 'dwon'; this UNet has"),
         (["grid={adapters.net.blocks: [null, {up: 0}]}"], "blocks has 'up', where this adapter says nothing"),

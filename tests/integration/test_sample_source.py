@@ -117,7 +117,8 @@ def test_the_content_of_image_and_mask_decides_the_pictures(
         Image.new("L", (32, 32), 200).save(file)
         with pytest.raises(SystemExit):
             draw("inpainting", name)
-        assert "holds images of other settings" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "holds images of other settings" in said and f"e.g. out.dir={tmp_path / name}-2, or delete" in said
         file.write_bytes(before)
 
 
@@ -147,7 +148,7 @@ def test_a_file_for_some_prompts_only_is_refused(models: Path, key: str) -> None
         ("img2img", ["sample.strength=1.5"], "strength is 1.5; allowed: above 0, up to 1"),
         ("img2img", ["sample.strength=.nan"], "strength is nan; allowed: above 0, up to 1"),
         ("img2img", ["sample.strength=0.2"], "leaves none of 4 steps; allowed: 0.25..1"),
-        ("img2img", ["sample.image=nowhere.png"], "nowhere.png is missing"),
+        ("img2img", ["sample.image=nowhere.png"], "sample.image is nowhere.png, which does not exist"),
         ("img2img", ["sample.image=wide.png"], "16x32 (h w), the picture 16x16: not the same shape; crop the image"),
         ("img2img", ["sample.prompts=[a,b,c]"], "sample.image: folder"),
         ("img2img", ["sample.height=18", "sample.width=18"], "must be multiples of 4"),
