@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "fetch": lambda: [fetch.fetch(args.name, fetch.published(LIST), args.out, args.sha256)],
             "share": lambda: [f"{checkpoint.share(**options):,} bytes; in a config it is weights: {args.out}"],
         }
-        print(*actions[args.command](), sep="\n")
+        sys.stdout.writelines(f"{line}\n" for line in actions[args.command]())
 
 
 if __name__ == "__main__":

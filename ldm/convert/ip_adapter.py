@@ -177,6 +177,8 @@ def ip_adapter(state: Mapping[str, Tensor], naming: str) -> tuple[IPAdapterConfi
     original = naming == "original"
     mark = "image_proj." if original else "image.proj."
     image = {key.removeprefix(mark) for key in state if key.startswith(mark)}
+    if not image:
+        raise ConfigError(f"half of an IP-Adapter: no {mark}* tensors, which read the picture")
     layers = len(indices(state, r"^ip_adapter\.(\d+)\.to_k_ip\.weight$" if original else r"^to_k\.(\d+)\.weight$"))
     if layers not in COUNTS:
         raise ConfigError(f"IP-Adapter with {layers} cross-attention layers; known: 16 (SD1.x, SD2.x), 70 (SDXL)")

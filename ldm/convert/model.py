@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,34 +160,39 @@ def with_ema(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     return {k: state[averaged.get(k, k)] for k in state}
 
 
-def inspect(path: Path) -> list[str]:
+def inspect(path: Path) -> Iterator[str]:
     """What a file or folder holds, in lines: layout, architecture, size, dtype, what is missing.
 
-    Raises: ConfigError if it cannot be read or holds no known model.
+    Raises: ConfigError if it cannot be read or holds no known model; behind the last line, as loading raises it, if a
+        network is not whole.
     """
-    lines: list[str] = []
+    broken: list[tuple[Part, Path]] = []
     for file in files.sources(path).values():
         state = files.read(file)
         size = sum(v.numel() * v.element_size() for v in state.values())
-        lines.append(f"{file}: {len(state)} tensors, {size / 1e6:.1f} MB")
+        yield f"{file}: {len(state)} tensors, {size / 1e6:.1f} MB"
         if what := detect.foreign(state):
-            lines.append(f"  layout: {what}")
+            yield f"  layout: {what}"
         elif file.stem == files.EXTRAS:
-            lines.append("  buffers that no network uses")
+            yield "  buffers that no network uses"
         else:
-            lines += _described(_contents(state, file))
-    return lines
+            found = _contents(state, file)
+            bad = [not_finite(part.tensors) for part in found.parts]
+            yield from _described(found, bad)
+            broken += [(part, file) for part, bad in zip(found.parts, bad, strict=True) if part.problems or bad]
+    for part, file in broken:
+        _whole(part, file)
 
 
-def _described(found: Contents) -> list[str]:
+def _described(found: Contents, infinite: Sequence[Sequence[str]]) -> list[str]:
+    """Lines about networks; `infinite`: of each, the tensors that are not finite."""
     layouts = sorted({part.section.layout for part in found.parts})
     lines = [f"  layout: {', '.join(layouts)}"]
-    for part in found.parts:
+    for part, bad in zip(found.parts, infinite, strict=True):
         kinds = ", ".join(sorted({SHORT.get(v.dtype, str(v.dtype)) for v in part.tensors.values()}))
         count = sum(v.numel() for v in part.tensors.values())
         name = detect.architecture(part.config)
         lines.append(f"  {part.section.component}: {name}, {len(part.tensors)} tensors, {count:,} parameters, {kinds}")
-        bad = not_finite(part.tensors)
         problems = [*part.problems, *([f"NaN or infinite values in {grouped(bad)}"] if bad else [])]
         lines += [f"    {said}" for said in (*problems, part.remedy) if said] or ["    complete"]
     there = {part.section.component for part in found.parts}

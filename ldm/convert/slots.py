@@ -91,6 +91,16 @@ def found(path: Path, parts: Mapping[str, str]) -> str:
         return ""
 
 
+def wanted(module: nn.Module, parts: Mapping[str, str]) -> str:
+    """The architectures that a module's own tensors have for a slot, in words; empty where they cannot be told."""
+    own = module.state_dict()
+    try:
+        each = {part: {k[len(mark) :]: v for k, v in own.items() if k.startswith(mark)} for mark, part in parts.items()}
+        return " and ".join(detect.architecture(detect.READERS[part](x, "ours")[0]) for part, x in each.items())
+    except ConfigError:
+        return ""
+
+
 def _unused_block(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Zeros for the last block of a tower whose output is taken before it: diffusers' SD2 files leave it out."""
     if not isinstance(module, TextEncoder) or module.config.layer != "penultimate":

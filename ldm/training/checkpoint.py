@@ -325,7 +325,8 @@ def load_weights(
         load_tensors(module, tensors if own.keys() & tensors.keys() else own | tensors, str(path))
     except ConfigError as error:
         if found := slots.found(file, parts):
-            raise ConfigError(f"{error}; found: {found}") from error
+            wanted = slots.wanted(module, parts)
+            raise ConfigError(f"{error}; found: {found}{wanted and f'; wanted: {wanted}'}") from error
         raise
 
 

@@ -197,7 +197,10 @@ def test_inspect_names_what_is_there_and_what_is_missing(tmp_path: Path) -> None
     state = {**unet_state(), **vae_state(), "betas": torch.rand(5)}
     del state[PREFIX + "output_blocks.0.0.in_layers.0.weight"]
     save_file({k: v.half() for k, v in state.items()}, tmp_path / "x.safetensors")
-    said = "\n".join(model.inspect(tmp_path / "x.safetensors"))
+    lines: list[str] = []
+    with pytest.raises(ConfigError, match=r"x\.safetensors: unet does not fit \(1 of 686 .*\); .*download it again"):
+        lines.extend(model.inspect(tmp_path / "x.safetensors"))
+    said = "\n".join(lines)
     assert "layout: original" in said and "not in this file: text" in said and "fp16" in said
     assert "custom UNet (channels (8, 16, 32, 32), depth (1, 1, 1, 0), in 4, context 12)" in said
     assert "1 of 686 tensors missing: decoder.levels.0.blocks.0.res.norm1.weight" in said

@@ -38,7 +38,7 @@ def published(net: Adapter, layout: str) -> dict[str, Tensor]:
 def test_file_is_recognised_imported_and_exported_bit_by_bit(variant: str, layout: str, tmp_path: Path) -> None:
     theirs = published(make(variant), layout)
     save_file(theirs, tmp_path / "theirs.safetensors")
-    assert model.inspect(tmp_path / "theirs.safetensors")[-1] == "    complete"
+    assert list(model.inspect(tmp_path / "theirs.safetensors"))[-1] == "    complete"
     said = " ".join(model.inspect(tmp_path / "theirs.safetensors"))
     assert "T2I-Adapter" in said and ("SDXL, 1 channel" if variant == "xl" else "SD1.x, 1 channel") in said
     (file,) = model.import_model(tmp_path / "theirs.safetensors", tmp_path / "in")
