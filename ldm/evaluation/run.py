@@ -173,8 +173,10 @@ def _load_trained(stage: Stage, config: RunConfig) -> list[Path]:
         return []
     folder = checkpoint.latest(Path(config.run.dir))
     if folder is None:
-        needy = ", ".join(without + ["fuser"] * unfused)
-        raise ConfigError(f"no weights: for {needy} and no checkpoint in {config.run.dir}: train first")
+        named = {"denoiser": "model.unet", "vae": "model.vae", "clip": "model.clip", "fuser": "fuser"}
+        needy = [f"adapters.{n}" if n in config.adapters else named[n] for n in without + ["fuser"] * unfused]
+        keys = ", ".join(f"{slot}.weights=FILE" for slot in needy)
+        raise ConfigError(f"run.dir {config.run.dir} has no complete checkpoint; train it first, or set {keys}")
     given = {f"adapter.{name}" for name in config.adapters if name not in without}
     given |= (set() if unfused else {"fuser"}) | (set() if without else {"adapter"})
     files = {folder / f"{stem}.safetensors": module for stem, module in stage.exports().items() if stem not in given}

@@ -89,7 +89,9 @@ def test_evaluation_reads_the_runs_fuser_and_names_it(trained: Path, tmp_path: P
     ]
     shutil.rmtree(trained / "eval")
     given = settings(tmp_path, *(f"adapters.{name}.weights={trained}" for name in ("sketch", "style")))
-    with pytest.raises(ConfigError, match=r"no weights: for fuser and no checkpoint in"):
+    with pytest.raises(
+        ConfigError, match=r"^run\.dir .* has no complete checkpoint; train it first, or set fuser\.weights=FILE$"
+    ):
         evaluate(given)
 
 
