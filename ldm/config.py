@@ -132,7 +132,7 @@ class GuidanceNode:
 class SampleConfig:
     """What to draw."""
 
-    prompts: Any = None  # one prompt, a list of prompts, or a .txt / .jsonl / .yaml file of them
+    prompts: Any = None  # one prompt, a list of them, or a .txt / .jsonl / .yaml file, where "# ..." is a comment
     negative: str = ""  # text of the unconditional branch
     seeds: Any = "0-3"  # e.g. 0-15 or 3,7,11 or a list; image i depends on its own seed only
     hints: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # adapter name -> image file or folder
@@ -384,7 +384,8 @@ def _wrong_type(error: ValidationError, node: Node) -> str:
     try:
         default = _get(RunConfig(), key)
         value = functools.reduce(operator.getitem, key.split("."), node)
-        hint = get_type_hints(type(_get(RunConfig(), ".".join(groups)) if groups else RunConfig()))[name]
+        owner = _get(RunConfig(), ".".join(groups)) if groups else RunConfig()
+        hint = get_type_hints(type(owner))[name]  # pyright: ignore[reportUnknownArgumentType]
     except (AttributeError, KeyError, TypeError):
         return f"{key}: {_first_line(error)}"
     example = "" if default is None else f", e.g. {config_yaml.inline(default)}"

@@ -51,7 +51,7 @@ def read_prompts(value: Any) -> tuple[Prompt, ...]:
     A text that ends in .txt (one prompt a line), .jsonl (one text or record a line), .yaml or .yml (a list of them)
     is a file; any other text is one prompt; a list holds texts and records. A record is
     `{prompt, negative?, hints?: {adapter: image file}, image?, mask?}`; its files are relative to the file that names
-    them (in the config itself: to the working directory). Blank lines are skipped.
+    them (in the config itself: to the working directory). Blank lines are skipped, and those that begin with "# ".
 
     Raises: ConfigError, in one line, if nothing is there or something is of another form.
     """
@@ -101,7 +101,8 @@ def _from_file(path: Path) -> tuple[Prompt, ...]:
         raise ConfigError(f"sample.prompts: {path} cannot be read as UTF-8 text ({error}); save it as UTF-8") from error
     if path.suffix.lower() in (".yaml", ".yml"):
         return _parse_all(_yaml_items(text, path), path.parent, str(path))
-    lines = [(f"{path} line {n}", line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    every = [(f"{path} line {n}", line.strip()) for n, line in enumerate(text.split("\n"), 1)]
+    lines = [(where, line) for where, line in every if line and not f"{line} ".startswith("# ")]
     if path.suffix.lower() == ".txt":
         return _parse_all(lines, path.parent, str(path))
     return _parse_all([(where, _json(line, where)) for where, line in lines], path.parent, str(path))

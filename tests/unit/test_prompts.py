@@ -48,13 +48,13 @@ def test_prompts_from_the_config_itself() -> None:
 
 def test_a_text_file_is_one_prompt_a_line(tmp_path: Path) -> None:
     file = tmp_path / "p.txt"
-    file.write_bytes("\ufeffa cat\r\n\n  a dog \n#1 dad\n".encode())
+    file.write_bytes("\ufeff# animals\r\na cat\r\n\n  a dog \n#\n  # a bird\n#1 dad\n".encode())
     assert [p.text for p in read_prompts(str(file))] == ["a cat", "a dog", "#1 dad"]
 
 
 def test_jsonl_and_yaml_hold_texts_and_records(tmp_path: Path) -> None:
     record = {"prompt": "line\u2028two", "hints": {"canny": "h.png"}}
-    (tmp_path / "p.jsonl").write_text(f'{json.dumps(record, ensure_ascii=False)}\n\n"a"\n', encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text(f'{json.dumps(record, ensure_ascii=False)}\n\n# more\n"a"\n', encoding="utf-8")
     want = (Prompt("line\u2028two", None, {"canny": tmp_path / "h.png"}), Prompt("a"))
     assert read_prompts(str(tmp_path / "p.jsonl")) == want
     (tmp_path / "p.yaml").write_text('- {prompt: "line\\u2028two", hints: {canny: h.png}}\n- a\n', encoding="utf-8")
