@@ -20,17 +20,21 @@ GUESS_BASE = 0.825  # released ControlNet code: each skip closer to the input co
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """How one adapter takes part in sampling: the keys every adapter has in YAML besides its own options."""
+    """How one adapter takes part in sampling: the keys every adapter has in YAML besides its own options.
+
+    The loss of a training reads hint and weights alone. Its validation pictures and evaluate.py read scale, start, end,
+    guess, skip_scales and blocks as sampling does; the others are for sampling.
+    """
 
     hint: str | None = None  # name of the hint in the data; the adapter's own name when null
     image: str | None = None  # what it hears in sampling: picture file, for an image prompt also a folder of references
-    scale: float = 1.0  # weight of everything the adapter adds
-    start: float = 0.0  # active part of sampling, fractions of its steps
+    scale: float = 1.0  # weight of everything the adapter adds in drawing; the loss of a training hears all of it
+    start: float = 0.0  # active part of sampling, fractions of its steps; not of a training
     end: float = 1.0  # see start
     guess: bool = False  # only the conditional branch gets the control, weakened towards the input (ControlNet)
     skip_scales: tuple[float, ...] | None = None  # one weight per skip in encoder order, then the middle
     blocks: Mapping[str, float] | None = None  # place (down, down.1, up.0.1, mid) -> weight, see weigh_blocks
-    mask: str | None = None  # picture file, white where the adapter counts; null = everywhere
+    mask: str | None = None  # picture file, white where the adapter counts in sampling; null = everywhere
     weights: str | None = None  # safetensors file of the adapter
     extractor: str | Mapping[str, Any] | None = None  # makes the hint of the picture given; null: it is the hint
 
@@ -44,6 +48,13 @@ class AdapterUse:
         if self.guess and self.skip_scales is not None:
             raise ValueError("guess sets the skip scales itself; drop skip_scales or guess")
         self.extract()
+
+    @property
+    def unheard(self) -> list[str]:
+        """Keys that are set and that change what the adapter says in pictures, but not in the loss of a training."""
+        keys = ("scale", "start", "end", "guess", "skip_scales", "blocks", "mask")
+        defaults = AdapterUse()
+        return [key for key in keys if getattr(self, key) != getattr(defaults, key)]
 
     def extract(self) -> Callable[[Tensor], Tensor] | None:
         """What `extractor` names: image b 3 h w in [0, 1] -> hint b c h w in [0, 1]; None if the hint is given.

@@ -313,8 +313,8 @@ class DiffusionStage(Stage):
             source = use.hint or name
             if not self.denoiser.adapter(name).image_prompt:
                 if source not in batch.hints:
-                    have = f"the data's hints are {sorted(batch.hints)}: add it there"
-                    raise ConfigError(f"adapter {name!r} wants hint {source!r}; {have}")
+                    have = f"{sorted(batch.hints)}{suggest(source, batch.hints) or ': add it to data.hints'}"
+                    raise ConfigError(f"adapter {name!r} wants hint {source!r}; the data's hints are {have}")
                 found[name] = batch.hints[source]
             elif isinstance(batch, Batch):
                 if batch.reference is None:

@@ -1,5 +1,6 @@
 """A training run from its config: build everything, then the loop."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from ldm.data.images import collate
 from ldm.data.subset import Part
 from ldm.registry import ConfigError
 from ldm.training import clip, diffusion, distributed, loop, metrics, signals, vae, workers  # noqa: F401  (stages)
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -34,6 +37,14 @@ def _refuse_shards(config: RunConfig) -> None:
         raise ConfigError(f"train.compile is on, and train.shard is {config.train.shard!r}; set one of them off")
 
 
+def _warn_unheard(config: RunConfig) -> None:
+    """Say which keys of adapters are set and change nothing in what is trained."""
+    for name, use in build.uses(config).items():
+        if use.unheard:
+            keys = ", ".join(f"adapters.{name}.{key}" for key in use.unheard)
+            log.warning("the loss does not read %s, which is for drawing: set it for sample.py, or leave it", keys)
+
+
 @signals.listening()  # until all is closed
 def train(config: RunConfig) -> Path:
     """Train what the config says, on all ranks of the current process group. Returns the last checkpoint's folder.
@@ -47,6 +58,7 @@ def train(config: RunConfig) -> Path:
             distributed.session(config.device, config.train.threads, config.train.rank_timeout) as rank,
             metrics.held(Path(config.run.dir), rank),
         ):
+            _warn_unheard(config)
             torch.manual_seed(config.seed)  # initial weights; everything later draws from (seed, purpose, position)
             data = build.data(config.data)
             if config.train.items is not None:

@@ -74,7 +74,7 @@ def test_an_adapter_that_is_off_is_not_in_the_config(studio: Studio, hint: Path)
         ({"guidance": float("nan")}, "guidance is nan; allowed: 0 to 30"),
         ({"sampler": "ddim_inversion"}, "sampler is 'ddim_inversion'; allowed: ddim"),
         ({"prompt": "a" * 5000}, "a prompt has 5,000 letters; allowed: up to 1,000"),
-        ({"voices": {"net": Voice(Path("nowhere.png"))}}, "nowhere.png is missing"),
+        ({"voices": {"net": Voice(Path("nowhere.png"))}}, "nowhere.png, which does not exist"),
         ({"voices": {"net": Voice(Path("nowhere.png"), float("inf"))}}, "scale is inf"),
     ],
 )

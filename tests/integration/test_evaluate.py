@@ -148,7 +148,7 @@ def test_random_weights_are_not_measured(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as exit_info:
         evaluate.main(["--config", str(TINY / "vae.yaml"), *SIZE, HELD_OUT, f"run.dir={tmp_path}"])
     assert exit_info.value.code == 2
-    assert "no weights: for vae and no checkpoint" in capsys.readouterr().err
+    assert "no complete checkpoint; train it first, or set model.vae.weights=FILE" in capsys.readouterr().err
 
 
 def test_evaluating_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -316,10 +316,14 @@ def test_a_full_gpu_is_one_line_with_the_way_out(tmp_path: Path, monkeypatch: py
     assert "\n" not in str(caught.value)
 
 
-def test_what_validation_would_refuse_is_refused_at_the_start(tmp_path: Path) -> None:
+def test_what_validation_would_refuse_is_refused_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = "validation.data={name: synthetic, size: 16, length: 2, seed: 1, hints: []}"
-    with pytest.raises(ConfigError, match="adapter 'edge' wants hint 'edge'"):
+    with pytest.raises(ConfigError, match=r"adapter 'edge' wants hint 'edge'; .* \[\]: add it to data\.hints"):
         start("controlnet", tmp_path, "train.steps=2", data)
+    assert "the loss does not read" not in caplog.text
+    with pytest.raises(ConfigError, match=r"wants hint 'edg'; the data's hints are \['edge'\]; did you mean 'edge'\?"):
+        start("controlnet", tmp_path, "adapters.edge.hint=edg", "adapters.edge.scale=0.5", "adapters.edge.end=0.9")
+    assert "the loss does not read adapters.edge.scale, adapters.edge.end, which" in caplog.text
     assert not tmp_path.is_dir() or not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match=r"stage\.preview_guidance is -1"):
         start("ldm", tmp_path, "train.steps=2", "stage.preview_guidance=-1")

@@ -277,7 +277,7 @@ def test_encoded_data_that_is_not_there_is_said_to_be_left_out(capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("data={name: folder, root: x}", r"data 'folder': unknown keys \[.*missing keys \['size'\]"),
+        ("data={name: folder, root: x}", r"data 'folder': missing keys \['size'\]; options"),
         ("data.sise=32", r"unknown keys \['sise'\].*did you mean 'size'"),
         ("data=null", "data is not set"),
         ("data.size=54", "do not fit: vae: image is"),
