@@ -154,7 +154,9 @@ def is_lost(error: BaseException) -> bool:
 def wrap(module: nn.Module, rank: Rank, *, partial: bool = False) -> nn.Module:
     """DistributedDataParallel where there are peers, for a module that is not in shards.
 
-    `partial`: some parameters get no gradient in some steps.
+    `partial`: some parameters get no gradient in some steps. Buckets keep their layout then; else they are laid anew
+    behind a process's first step, and with it the order in which three ranks or more add up, so that a resumed run is
+    equal to rounding only.
     """
     if rank.world == 1 or in_shards(module):
         return module

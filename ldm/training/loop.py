@@ -56,7 +56,7 @@ def train(config: RunConfig, stage: Stage, data: ImageData, held_out: ImageData 
     if state.step >= config.train.steps and (done := checkpoint.latest(folder)):
         return done  # nothing to encode either
     _refuse_full(stage, state, folder, rank)
-    wrapped = wrap(stage, rank, partial=stage.partial)
+    wrapped = wrap(stage, rank, partial=stage.partial or config.deterministic)
     with autocast(config.train.precision, rank.device):
         source = stage.cached(data, rank, Workers(config.train.workers, config.train.worker_timeout))
     signals.heed(rank, "before its first step; what was complete is kept")
