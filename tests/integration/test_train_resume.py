@@ -19,6 +19,8 @@ from tests.integration.test_train_ranks import SMALL as ADAPTER
 from tests.ranks import ROOT, finish, launch_two_ranks, start_ranks
 from tests.small import figures, unlike
 
+pytestmark = pytest.mark.long
+
 TINY = ROOT / "configs" / "train" / "tiny"
 STOP, END = 3, 6  # steps
 SMALL = ["device=cpu", "train.threads=1", "train.precision=fp32", "train.batch=4", "train.ema=0.9", "log.every=1"]
