@@ -6,12 +6,12 @@ YAML names registered classes only (`ldm.registry`); nothing is imported, evalua
 from __future__ import annotations
 
 import argparse
-import copy
+import contextlib
 import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -19,10 +19,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from ldm import config_yaml
+from ldm.config_files import Node, Parse, nested, over, overridden, read
 from ldm.registry import ConfigError, fits, in_yaml, suggest
-
-Node = dict[str, Any]  # {name: <registered>, ...options}; checked by registry.build
-Parse = Callable[[str | bytes, str], Any]  # YAML and where it stands -> value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,30 +218,33 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         overrides: dotted `key=value`, values in YAML syntax.
 
     Raises: ConfigError, in one line, on a missing file, bad YAML, an unknown key or a wrong type; it names the file, or
-        the argument without which there is no error.
+        argument at fault.
     """
+    node = read(Path(path))
     try:
-        return from_mapping(merged(path, overrides, config_yaml.parse), source=str(path))
+        return from_mapping(overridden(node, overrides), source=str(path))
     except ConfigError:
-        if not overrides:
-            raise
-    load(path, overrides[:-1])  # ends here where the fault is in the file, or in an argument before the last
-    return from_mapping(merged(path, overrides, config_yaml.parse), source=f"argument {overrides[-1]!r:.80}")
+        source = _fault(node, overrides) or str(path)
+    return from_mapping(overridden(node, overrides), source=source)
+
+
+def _fault(node: Node, overrides: Sequence[str]) -> str:
+    """The argument without which there is no error, or the first that is one by itself; empty if it is the file's."""
+
+    def sound(arguments: Sequence[str]) -> bool:
+        with contextlib.suppress(ConfigError):
+            return bool(from_mapping(overridden(node, arguments)))
+        return False
+
+    found = [item for i, item in enumerate(overrides) if sound([*overrides[:i], *overrides[i + 1 :]])]
+    if not found and sound(()):
+        found = [item for item in overrides if not sound([item])]
+    return f"argument {found[0]!r:.80}" if found else ""
 
 
 def merged(path: str | Path, overrides: Sequence[str], parse: Parse) -> Node:
     """What `load` validates. `parse` makes values of a file's bytes or of an override's text."""
-    return overridden(_read(Path(path), (), parse), overrides, parse)
-
-
-def overridden(node: Node, overrides: Sequence[str], parse: Parse = config_yaml.parse) -> Node:
-    """A mapping below `key=value` arguments. Raises: ConfigError if one is none, or its value is no YAML."""
-    for item in overrides:
-        key, sign, value = item.partition("=")
-        if not sign or not key:
-            raise ConfigError(f"argument {item!r} is not key=value; write e.g. train.steps=100")
-        node = _over(node, _nested(key, parse(value, f"argument {item!r}")))
-    return node
+    return overridden(read(Path(path), parse), overrides, parse)
 
 
 def from_mapping(node: Node, source: str = "config") -> RunConfig:
@@ -268,8 +269,8 @@ def override(config: RunConfig, values: Node, source: str) -> RunConfig:
 
     Setting the `name` of a node starts its options afresh, but for those that are among the values too.
     """
-    above = functools.reduce(_over, (_nested(key, value) for key, value in values.items()), {})
-    return from_mapping(_over(dataclasses.asdict(config), above), source)
+    above = functools.reduce(over, (nested(key, value) for key, value in values.items()), {})
+    return from_mapping(over(dataclasses.asdict(config), above), source)
 
 
 def plain(config: RunConfig) -> Node:
@@ -292,43 +293,6 @@ def parser(description: str, *, dry_run: bool = True) -> argparse.ArgumentParser
     result.add_argument("--print-config", action="store_true", help="print the resolved config, stop")
     result.add_argument("--explain", action="store_true", help="print where each value of the config is set, stop")
     return result
-
-
-def _read(path: Path, parents: tuple[Path, ...], parse: Parse) -> Node:
-    path = path.resolve()
-    if path in parents:
-        raise ConfigError(f"{path}: includes itself through {' -> '.join(p.name for p in parents)}; break the circle")
-    if not path.is_file():
-        siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        then = suggest(path.name, siblings) or "; correct the path; configs to begin with are in configs/"
-        raise ConfigError(f"config file {path} does not exist{then}")
-    parsed: Any = parse(path.read_bytes(), str(path)) or {}
-    if not isinstance(parsed, dict):
-        raise ConfigError(f"{path}: top level is {type(parsed).__name__}, must be a mapping of keys")
-    node = cast("Node", parsed)
-    includes: Any = node.pop("include", [])
-    if not isinstance(includes, list):
-        raise ConfigError(f"{path}: include is {includes!r}, must be a list of files")
-    parts = [_read(path.parent / str(item), (*parents, path), parse) for item in cast("list[Any]", includes)]
-    return functools.reduce(_over, [*parts, node], {})
-
-
-def _over(base: Node, above: Node) -> Node:
-    """`above` wins key by key. A node that names another class replaces the whole node: their options differ."""
-    if "name" in base and base["name"] != above.get("name", base["name"]):
-        return above
-    result = copy.copy(base)
-    for key, value in above.items():
-        old = base.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        result[key] = _over(cast("Node", old), cast("Node", value)) if both else value
-    return result
-
-
-def _nested(key: str, value: Any) -> Node:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
 
 
 def _check_groups(node: Node, defaults: Any, where: str) -> None:

@@ -166,7 +166,7 @@ def inspect(path: Path) -> Iterator[str]:
     Raises: ConfigError if it cannot be read or holds no known model; behind the last line, as loading raises it, if a
         network is not whole.
     """
-    broken: list[tuple[Part, Path]] = []
+    broken: list[ConfigError] = []
     for file in files.sources(path).values():
         state = files.read(file)
         size = sum(v.numel() * v.element_size() for v in state.values())
@@ -179,9 +179,13 @@ def inspect(path: Path) -> Iterator[str]:
             found = _contents(state, file)
             bad = [not_finite(part.tensors) for part in found.parts]
             yield from _described(found, bad)
-            broken += [(part, file) for part, bad in zip(found.parts, bad, strict=True) if part.problems or bad]
-    for part, file in broken:
-        _whole(part, file)
+            for part in found.parts:
+                try:
+                    _whole(part, file)
+                except ConfigError as error:
+                    broken.append(error)
+    if broken:
+        raise broken[0]
 
 
 def _described(found: Contents, infinite: Sequence[Sequence[str]]) -> list[str]:

@@ -16,6 +16,7 @@ import logging
 import os
 import time
 import zlib
+from array import array
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,17 +48,20 @@ class Sums:
     def __init__(self, path: Path, said: Mapping[str, str]) -> None:
         """Args: said: the file's header. One without sums, as they were before, counts as sound."""
         self.path = path
-        self._sums: list[int] = json.loads(said.get(SUMS, "[]"))
+        self._sums = array("L", json.loads(said.get(SUMS, "[]")))
         self._begun = _begun(said)
-        self._trusted: set[int] = set()
+        self._trusted = bytearray(len(self._sums))
 
     def check(self, number: int, row: Mapping[str, Tensor]) -> None:
         """Compare a row with its sum, once. Raises: ConfigError if it is not what was written."""
-        if not self._sums or number in self._trusted:
+        if not self._sums:
             return
-        if _sum(row, self._begun) != self._sums[number]:
-            raise _damaged(self.path, f"row {number} is not what was written")
-        self._trusted.add(number)
+        if number >= len(self._sums):
+            raise _damaged(self.path, f"it has sums of {len(self._sums)} rows, none of row {number}")
+        if not self._trusted[number]:
+            if _sum(row, self._begun) != self._sums[number]:
+                raise _damaged(self.path, f"row {number} is not what was written")
+            self._trusted[number] = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,6 +144,10 @@ class Folder:
         """
         every = ranges(count)
         there = [i for i in range(len(every)) if _path(self.path, name, i).exists()] if self.rank.main else []
+        refused = self.rank.told(self._refused(name, {i: len(every[i]) for i in there}))
+        if refused:
+            self._release()
+            raise ConfigError(refused)
         missing = sorted({*range(len(every))} - {*self.rank.told(there)})
         mine = missing[self.rank.index :: self.rank.world]
         if there and missing:
@@ -155,6 +163,20 @@ class Folder:
                 self._write(_path(self.path, name, i), part.tensors, words | {SUMS: json.dumps(sums)}, room)
             failing.pop_all()
         return Parts(self.path, name, WORDS)
+
+    def _refused(self, name: str, counts: Mapping[int, int]) -> str:
+        """Why a part that is there already cannot be built upon; its rows are read for it. `counts`: part -> rows."""
+        try:
+            for number, count in counts.items():
+                path = _path(self.path, name, number)
+                part = _read(path, WORDS)
+                if (seen := {len(x) for x in part.tensors.values()}) != {count}:
+                    raise _damaged(path, f"it has {', '.join(map(str, sorted(seen)))} rows, not {count}")
+                for row in range(count):
+                    part.row(row)
+        except ConfigError as error:
+            return str(error)
+        return ""
 
     def parts(self, name: str) -> Parts:
         """Those of a complete cache, with the keys of their samples."""

@@ -165,8 +165,7 @@ def wrap(module: nn.Module, rank: Rank, *, partial: bool = False) -> nn.Module:
         module,
         device_ids=ids,
         find_unused_parameters=partial,
-        gradient_as_bucket_view=True,  # no second copy of the gradients
-        broadcast_buffers=False,  # tables that are the same everywhere
+        gradient_as_bucket_view=True,  # no second copy of the gradients, where a step is not split
     )
 
 

@@ -215,6 +215,7 @@ class _Replay:
             self.tracker.assign("data", tensors(parts))
             return parts
 
+        self.stage.check(collate([data.load(0)]).to(self.rank.device))
         with autocast(self.config.train.precision, self.rank.device), contextlib.redirect_stderr(io.StringIO()):
             source = self.stage.cached(data, self.rank, keep=keep)  # stderr: its progress bar
         every = 0 if self.on_disk else int(sum(rows.values()) * length)

@@ -92,9 +92,11 @@ class VAEStage(Stage):
         others = [p for p in self.vae.parameters() if p.requires_grad and p is not self.vae.last_layer]
         for p in others:  # nothing is kept for what comes before that layer
             p.requires_grad_(False)
-        found = [self._gradients(*self._terms(batch, draws, step)) for batch, draws in parts]
-        for p in others:
-            p.requires_grad_(True)
+        try:
+            found = [self._gradients(*self._terms(batch, draws, step)) for batch, draws in parts]
+        finally:
+            for p in others:
+                p.requires_grad_(True)
         self.surveyed = _over_ranks(torch.stack(found).mean(dim=0))
 
     def forward(self, batch: Batch, draws: Draws, player: str, step: int) -> Loss:

@@ -1,6 +1,6 @@
 """Every trainer stopped midway goes on bit for bit, on one rank and on two; to rounding, with another number of ranks.
 
-All two-rank runs share two processes, since starting those takes longest. The quick ones are in `make test` and
+All two-rank runs share two processes, since starting those takes longest. The quick ones are in `make test-long` and
 `make test-ranks`; `pytest -m slow tests/integration/test_train_resume.py` is every trainer.
 """
 
@@ -26,7 +26,7 @@ STOP, END = 3, 6  # steps
 SMALL = ["device=cpu", "train.threads=1", "train.precision=fp32", "train.batch=4", "train.ema=0.9", "log.every=1"]
 SMALL += ["train.warmup=2", "train.decay=constant", "data.length=16", "data.size=16", "validation.data=null"]
 VAE = ["model.vae.channels=[8,16]", "stage.disc_weight=0.5", "stage.disc_start=1", "stage.disc_width=8"]
-VAE += ["stage.disc_layers=1"]  # the adversary has an optimizer and batch norms of its own
+VAE += ["stage.disc_layers=1", "stage.disc_norm=batch"]  # the adversary has an optimizer of its own
 LDM = ["model.vae.weights=null", "model.text.weights=null", "model.unet.channels=[16,32]", "stage.cache=false"]
 CLIP = ["model.clip.image.image_size=16"]
 TRAINERS = {"vae": ("vae", [*SMALL, *VAE]), "clip": ("clip", [*SMALL, *CLIP]), "ldm": ("ldm", [*SMALL, *LDM])}

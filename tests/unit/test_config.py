@@ -163,6 +163,8 @@ def test_wrong_type_is_refused_in_one_line_with_its_path(tmp_path: Path, text: s
         (["train.steps=3", "train.stepz=3", "seed=1"], r"^argument 'train\.stepz=3': unknown key 'train\.stepz'; keys"),
         (["seed=1", "train.lr=fast"], r"^argument 'train\.lr=fast': train\.lr is 'fast', must be float"),
         (["train.lr=-1", "seed=1"], r"^argument 'train\.lr=-1': train\.lr is -1\.0, must be at least 0"),
+        (["train.lr=fast", "seed=1"], r"^argument 'train\.lr=fast': train\.lr is 'fast'"),
+        (["seed=1", "train.lr=fast", "train.stepz=3"], r"^argument 'train\.lr=fast': "),
         (["train=3", "seed=1"], r"^argument 'train=3': train is 3, must be a mapping"),
     ],
 )

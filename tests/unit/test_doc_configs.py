@@ -1,4 +1,4 @@
-"""Configs that documents give for data of one's own: they train and can be evaluated, as written."""
+"""Configs that documents give for data of one's own: as written they fit the data, and what evaluation wants."""
 
 import json
 import re

@@ -219,6 +219,23 @@ def test_a_part_that_was_cut_is_made_again(root: Path, tmp_path: Path, caplog: p
     assert all(torch.equal(a, b) for a, b in zip(tensors(good), tensors(again), strict=True))
 
 
+def test_what_is_built_upon_is_compared_with_its_sums_first(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"complete": False}))
+    for path in folder.glob("texts-*"):
+        path.unlink()
+    part = folder / "images-00000.safetensors"
+    part.write_bytes(part.read_bytes().replace(b"picture 2", b"picture 3"))
+    with pytest.raises(ConfigError, match=r"images-00000\.safetensors of .* is damaged .*remove that file"):
+        cached(stage(folder), data(root))
+    assert not list(folder.glob("texts-*"))
+    part.unlink()
+    assert all(
+        map(torch.equal, tensors(batch(cached(stage(folder), data(root)))), tensors(batch(cached(stage(), data(root)))))
+    )
+
+
 def test_room_is_looked_for_before_a_part_is_written(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -242,6 +242,12 @@ def test_sd15_dry_run_allocates_nothing() -> None:
     assert grown_kib < 300 * 1024  # the weights alone would be 5.3 GiB
 
 
+def test_an_image_prompt_that_the_data_lacks_is_refused() -> None:
+    cfg = tiny("ip_adapter", "data.reference=false")
+    with pytest.raises(ConfigError, match=r"adapter 'prompt' wants an image prompt; set data\.reference"):
+        estimate.estimate(cfg, estimate.meta_stage(cfg))
+
+
 def test_dry_run_prints_counts_and_memory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     train.main(["--config", str(TINY / "controlnet.yaml"), f"run.dir={tmp_path / 'run'}", "--dry-run", "train.batch=2"])
     out = capsys.readouterr().out
@@ -280,7 +286,7 @@ def test_encoded_data_that_is_not_there_is_said_to_be_left_out(capsys: pytest.Ca
         ("data={name: folder, root: x}", r"data 'folder': missing keys \['size'\]; options"),
         ("data.sise=32", r"unknown keys \['sise'\].*did you mean 'size'"),
         ("data=null", "data is not set"),
-        ("data.size=54", "do not fit: vae: image is"),
+        ("data.size=54", "images are 54x54 .* need multiples of 8"),
         ("data.hints=[]", "adapter 'edge' wants hint 'edge'"),
         ("adapters.edge.hint_widths=[8, 16]", "hint"),
         ("train.trainable=['adaptors.*']", "matches no parameter; groups: adapters, unet"),
